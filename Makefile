@@ -1,0 +1,52 @@
+# Each target does all of its own set-up in .venv; a bare machine needs Python 3.11 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DEV := $(VENV)/.dev
+RUN := $(VENV)/.run
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench proto clean
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(RUN) ## real Envoy, simulated engines, the server: sample traffic, shown (ONCE=1 exits by itself)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/envoy-extproc demo $(if $(ONCE),--once)
+
+test: $(DEV) ## unit, property and end-to-end tests, with branch coverage
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(DEV) ## format, rules, types, layers, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python proto/generate.py --check
+
+format: $(DEV) ## formats the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DEV) ## CPU per request and per token against plain Envoy, in one run
+	$(BIN)/python -m tests.bench
+
+proto: $(DEV) ## compiles proto/ into envoy_extproc/_proto
+	$(BIN)/python proto/generate.py
+
+clean: ## forgets the environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build dist
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; say make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "pip>=25.1"
+
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --constraint constraints.txt --editable '.[demo]' --group test
+	touch $(DEV) $(RUN)
