@@ -1,0 +1,98 @@
+"""What an exchange wants done. `Continue` and `Respond` are replies to the message that was received last."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import msgspec
+
+from envoy_extproc.endpoints import Endpoint
+from envoy_extproc.exchange.report import Report
+from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
+
+
+class Phase(Enum):
+    """Envoy's phases; a reply names the one it belongs to."""
+
+    REQUEST_HEADERS = auto()
+    REQUEST_BODY = auto()
+    REQUEST_TRAILERS = auto()
+    RESPONSE_HEADERS = auto()
+    RESPONSE_BODY = auto()
+    RESPONSE_TRAILERS = auto()
+
+
+class BodyMode(Enum):
+    """How Envoy is to hand over the response body (ProcessingMode.BodySendMode)."""
+
+    NONE = auto()
+    STREAMED = auto()
+    BUFFERED = auto()
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """The ORCA report that the client asked for: its form, ``TEXT``, ``JSON`` or ``BIN``, and the endpoint told of."""
+
+    form: str
+    candidate: Candidate
+
+
+class Continue(msgspec.Struct, frozen=True, kw_only=True):
+    """CommonResponse: go on, with these changes.
+
+    Attributes:
+        phase: the phase this replies to.
+        set_headers: headers to set, in place of any of the same name.
+        remove_headers: headers to remove.
+        body: what to pass on instead of the body in the message; None leaves it.
+        destination: addresses to try in order, for Envoy's ``override_host``.
+        response_body: how the response body is to be handed over from here on; None leaves the mode.
+        clear_route_cache: whether Envoy chooses its route again.
+        load_report: the ORCA report to add to the response headers.
+    """
+
+    phase: Phase
+    set_headers: tuple[tuple[str, str], ...] = ()
+    remove_headers: tuple[str, ...] = ()
+    body: bytes | None = None
+    destination: tuple[str, ...] = ()
+    response_body: BodyMode | None = None
+    clear_route_cache: bool = False
+    load_report: LoadReport | None = None
+
+
+class Respond(msgspec.Struct, frozen=True, kw_only=True):
+    """ImmediateResponse: answer the client instead of an engine.
+
+    Attributes:
+        status: HTTP status code.
+        headers: to set on the answer.
+        body: the answer.
+        details: Envoy's RESPONSE_CODE_DETAILS: one word.
+    """
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    details: str
+
+
+class Schedule(msgspec.Struct, frozen=True):
+    """Choose an endpoint; the answer comes back as `Scheduled` or `Refused`."""
+
+    request: SchedulingRequest
+
+
+class Serve(msgspec.Struct, frozen=True):
+    """Another endpoint than the chosen one serves the request: in-flight moves there."""
+
+    endpoint: Endpoint
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """The exchange is over: release what it holds and say what happened."""
+
+    report: Report
+
+
+Command = Continue | Respond | Schedule | Serve | Finish

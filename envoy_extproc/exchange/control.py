@@ -1,0 +1,69 @@
+"""Headers by which clients and the picker protocol steer this server, and which no pod should see."""
+
+from __future__ import annotations
+
+from envoy_extproc.headers import Headers
+from envoy_extproc.scheduling.interfaces import SchedulingRequest
+
+DESTINATION = "x-gateway-destination-endpoint"
+"""Header and dynamic-metadata key of the endpoint picker protocol: ``ip:port[,ip:port...]``."""
+
+TARGET_POD = "target-pod"
+
+_REMOVED = frozenset(
+    {
+        "config-profile",
+        "endpoint-load-metrics-format",
+        "external-filter",
+        "routing-strategy",
+        "target-pod-ip",
+        "x-aibrix-session-key",
+        "x-gateway-destination-endpoint-subset",
+        "x-gateway-model-name-rewrite",
+        "x-model",
+        "x-session-id",
+        "x-slo-tpot-ms",
+        "x-slo-ttft-ms",
+    }
+)
+_REMOVED_PREFIXES = ("x-llm-d-", "x-gateway-inference-")
+
+
+def to_remove(headers: Headers, *, model_known: bool) -> tuple[str, ...]:
+    """The control headers among `headers`; with the model unknown, also what a client pretends it to be."""
+    return tuple(
+        name
+        for name in headers.names
+        if name in _REMOVED
+        or name.startswith(_REMOVED_PREFIXES)
+        or (not model_known and name in ("model", "x-gateway-model-name"))
+    )
+
+
+def scheduling_request(
+    headers: Headers, *, model: str | None, subset: tuple[str, ...] | None
+) -> SchedulingRequest:
+    """What the headers let choosing know."""
+    return SchedulingRequest(
+        model=model or headers.get("x-model") or None,
+        policy=headers.get("routing-strategy") or None,
+        pin=headers.get("target-pod-ip") or None,
+        subset=subset,
+    )
+
+
+def load_report_form(headers: Headers) -> str | None:
+    """The form of ORCA report the client asks for; None where it does not, or asks for one there is not."""
+    form = (headers.get("endpoint-load-metrics-format") or "").strip().upper()
+    return form if form in ("TEXT", "JSON", "BIN") else None
+
+
+def body_is_encoded(headers: Headers) -> bool:
+    """Whether a body is compressed, so that it cannot be read."""
+    return (headers.get("content-encoding") or "identity").strip().lower() not in ("", "identity")
+
+
+def content_length(headers: Headers) -> int | None:
+    """The announced length of the body; None where there is none that is a number."""
+    length = headers.get("content-length")
+    return int(length) if length is not None and length.isdecimal() and len(length) < 20 else None

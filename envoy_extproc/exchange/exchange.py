@@ -1,0 +1,435 @@
+"""One HTTP exchange, from Envoy's first message to the end of the stream, as a table.
+
+Theory of operation. Envoy opens one ext_proc stream for each HTTP request and says what happens in phases: request
+headers, request body, response headers, response body, trailers. It waits for exactly one reply to each message, so
+`receive` returns at most one `Continue` or `Respond` for an event that is a message, and none for others.
+
+Three rules:
+
+1. Every state change is in `TABLE`; `receive` looks up and does nothing else. What the table does not list is a
+   message that should not come: it gets an empty reply of its own phase, is counted, and changes nothing.
+2. `Schedule` is a question. It is answered by `Scheduled` or `Refused`, and only then Envoy gets its reply.
+3. `StreamClosed` comes exactly once and last, in whatever state; it yields the one `Finish` with the one `Report`.
+   In-flight is held from the answer to `Schedule` until then: the stream is held open to the end of the exchange.
+
+    AWAIT_REQUEST_HEADERS --headers--> AWAIT_REQUEST_BODY --body--> AWAIT_DECISION --Scheduled--> AWAIT_RESPONSE_HEADERS
+             |                                |                          |                          |            |
+             +--no body: AWAIT_DECISION       +--bad: ANSWERED           +--Refused: ANSWERED    AWAIT_RESPONSE_BODY |
+                                                                                                    +--------> HELD
+
+HELD is: nothing more has to be read, only the end is awaited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum, auto
+from typing import Any
+
+import msgspec
+
+from envoy_extproc.endpoints import Endpoint
+from envoy_extproc.errors import BadRequest, GatewayError, PayloadTooLarge
+from envoy_extproc.exchange import control
+from envoy_extproc.exchange.commands import (
+    BodyMode,
+    Command,
+    Continue,
+    Finish,
+    LoadReport,
+    Phase,
+    Respond,
+    Schedule,
+    Serve,
+)
+from envoy_extproc.exchange.events import (
+    Event,
+    Refused,
+    RequestBody,
+    RequestHeaders,
+    RequestTrailers,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+    Scheduled,
+    StreamClosed,
+)
+from envoy_extproc.exchange.record import Record
+from envoy_extproc.headers import Headers
+from envoy_extproc.openai import request as openai_request
+from envoy_extproc.openai import routes
+from envoy_extproc.openai.answer import JsonReader, Reader, StreamReader
+from envoy_extproc.openai.error_body import error_body
+from envoy_extproc.scheduling.interfaces import Decision
+
+
+class State(Enum):
+    """What the exchange waits for."""
+
+    AWAIT_REQUEST_HEADERS = auto()
+    AWAIT_REQUEST_BODY = auto()
+    AWAIT_DECISION = auto()
+    AWAIT_RESPONSE_HEADERS = auto()
+    AWAIT_RESPONSE_BODY = auto()
+    HELD = auto()
+    ANSWERED = auto()
+    CLOSED = auto()
+
+
+class ExchangeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same for every exchange.
+
+    Attributes:
+        max_body_bytes: a request body beyond this is refused with 413.
+        accounting: whether answers are read for their usage.
+        max_event_bytes: an event of a stream beyond this passes unparsed.
+        max_json_bytes: a JSON answer beyond this passes unparsed.
+        buffer_json_bytes: a JSON answer announced to be at most this long is handed over whole, which keeps its
+            ``content-length``; a longer one is handed over as it comes, chunked.
+        clear_route_cache: whether Envoy chooses its route again once the model is known.
+    """
+
+    max_body_bytes: int = 33_554_432
+    accounting: bool = True
+    max_event_bytes: int = 1_048_576
+    max_json_bytes: int = 16_777_216
+    buffer_json_bytes: int = 65_536
+    clear_route_cache: bool = False
+
+
+Lookup = Callable[[str], Endpoint | None]
+"""The endpoint of an address, if discovery knows it."""
+
+_PHASES: Mapping[type[Any], Phase] = {
+    RequestHeaders: Phase.REQUEST_HEADERS,
+    RequestBody: Phase.REQUEST_BODY,
+    RequestTrailers: Phase.REQUEST_TRAILERS,
+    ResponseHeaders: Phase.RESPONSE_HEADERS,
+    ResponseBody: Phase.RESPONSE_BODY,
+    ResponseTrailers: Phase.RESPONSE_TRAILERS,
+}
+_PASS: Mapping[type[Any], Sequence[Command]] = {
+    event: (Continue(phase=phase),) for event, phase in _PHASES.items()
+}
+_PASS_BODY = _PASS[ResponseBody]
+_ENGINE_REPORT = ("endpoint-load-metrics", "endpoint-load-metrics-bin")  # for us; a client gets ours
+
+
+class Exchange:
+    """The state of one exchange.
+
+    Args:
+        settings: what is the same for every exchange.
+        lookup: the endpoint of an address.
+        new_request_id: makes an id for a request that came without.
+
+    Attributes:
+        state: what is waited for; changed by the handlers in `TABLE` alone.
+        record: what is known so far.
+    """
+
+    __slots__ = (
+        "_awaited_phase",
+        "_headers",
+        "_hide_usage",
+        "_lookup",
+        "_new_request_id",
+        "_reader",
+        "_rewritten",
+        "_route",
+        "_settings",
+        "_subset",
+        "record",
+        "state",
+    )
+
+    def __init__(self, settings: ExchangeSettings, lookup: Lookup, new_request_id: Callable[[], str]) -> None:
+        self.state = State.AWAIT_REQUEST_HEADERS
+        self.record = Record(accounting=settings.accounting)
+        self._settings = settings
+        self._lookup = lookup
+        self._new_request_id = new_request_id
+        self._headers = Headers()
+        self._route: routes.Route | None = None
+        self._subset: tuple[str, ...] | None = None
+        self._awaited_phase = Phase.REQUEST_HEADERS
+        self._rewritten: bytes | None = None
+        self._hide_usage = False
+        self._reader: Reader | None = None
+
+    def receive(self, event: Event) -> Sequence[Command]:
+        """Moves by one event; returns what is to be done, in order."""
+        handler = TABLE[self.state].get(type(event))
+        if handler is not None:
+            return handler(self, event)
+        self.record.unexpected += 1
+        return () if self.state is State.CLOSED else _PASS.get(type(event), ())
+
+    # -- request ---------------------------------------------------------------------------------------------------
+
+    def request_headers(self, event: RequestHeaders) -> Sequence[Command]:
+        """The first message: without a body that is read, all there is to decide by."""
+        record, headers = self.record, event.headers
+        self._headers = headers
+        self._subset = event.subset
+        target = headers.get(":path") or ""
+        record.started = event.at
+        record.request_id = headers.get("x-request-id") or self._new_request_id()
+        record.path = target.partition("?")[0]
+        route = None if event.end_of_stream else routes.find(target)
+        if route is None:
+            return self._schedule(Phase.REQUEST_HEADERS, model=None)
+        self._route = route
+        record.operation = route.operation
+        length = control.content_length(headers)
+        if length is not None and length > self._settings.max_body_bytes:
+            return self._refuse(self._too_large())
+        self.state = State.AWAIT_REQUEST_BODY
+        mode = BodyMode.STREAMED if self._settings.accounting else None
+        return (Continue(phase=Phase.REQUEST_HEADERS, response_body=mode),)
+
+    def request_body(self, event: RequestBody) -> Sequence[Command]:
+        """The whole body: reads it, and asks the engine for usage in it where the client did not."""
+        assert self._route is not None
+        try:
+            inference = self._decode(event.data, self._route)
+        except GatewayError as error:
+            return self._refuse(error)
+        self.record.inference = inference
+        if inference.stream and not inference.usage_asked and self._settings.accounting:
+            body = openai_request.ask_for_usage(event.data, inference)
+            self._hide_usage = body != event.data
+            self._rewritten = body if self._hide_usage else None
+        return self._schedule(Phase.REQUEST_BODY, model=inference.model)
+
+    def _decode(self, body: bytes, route: routes.Route) -> openai_request.InferenceRequest:
+        if len(body) > self._settings.max_body_bytes:
+            raise self._too_large()
+        if control.body_is_encoded(self._headers):
+            encoding = self._headers.get("content-encoding")
+            raise BadRequest(f"A request body with content-encoding {encoding!r} cannot be read.")
+        return openai_request.decode(body, route)
+
+    def _schedule(self, phase: Phase, *, model: str | None) -> Sequence[Command]:
+        self.state = State.AWAIT_DECISION
+        self._awaited_phase = phase
+        wanted = control.scheduling_request(self._headers, model=model, subset=self._subset)
+        self.record.model = wanted.model
+        return (Schedule(wanted),)
+
+    def scheduled(self, event: Scheduled) -> Sequence[Command]:
+        """The decision, and with it the reply that Envoy waits for."""
+        self.state = State.AWAIT_RESPONSE_HEADERS
+        self.record.decision = event.decision
+        body, self._rewritten = self._rewritten, None  # a long prompt is not kept for the whole stream
+        return (
+            Continue(
+                phase=self._awaited_phase,
+                set_headers=self._routed_headers(event.decision, body),
+                remove_headers=control.to_remove(self._headers, model_known=self.record.model is not None),
+                body=body,
+                destination=tuple(endpoint.address for endpoint in event.decision.order),
+                clear_route_cache=self._settings.clear_route_cache,
+            ),
+        )
+
+    def _routed_headers(self, decision: Decision, body: bytes | None) -> tuple[tuple[str, str], ...]:
+        model = self.record.model
+        headers = [
+            ("x-request-id", self.record.request_id),
+            (control.DESTINATION, ",".join([endpoint.address for endpoint in decision.order])),
+            (control.TARGET_POD, decision.order[0].address),
+        ]
+        if model is not None:
+            headers += [("model", model), ("x-gateway-model-name", model)]
+        if self._route is not None and self._settings.accounting:
+            headers.append(("accept-encoding", "identity"))
+        if body is not None:
+            headers.append(("content-length", str(len(body))))
+        return tuple(headers)
+
+    def refused(self, event: Refused) -> Sequence[Command]:
+        """Nobody can take it."""
+        return self._refuse(event.error)
+
+    def _refuse(self, error: GatewayError) -> Sequence[Command]:
+        self.state = State.ANSWERED
+        self.record.refusal = error
+        self.record.status = error.status
+        headers = [
+            ("content-type", "application/json"),
+            ("x-request-id", self.record.request_id),
+            ("request-id", self.record.request_id),
+        ]
+        if error.header is not None:
+            headers.append(error.header)
+        if error.retry_after is not None:
+            headers.append(("retry-after", str(error.retry_after)))
+        details = f"envoy_extproc_{error.detail}"
+        return (
+            Respond(status=error.status, headers=tuple(headers), body=error_body(error), details=details),
+        )
+
+    def _too_large(self) -> PayloadTooLarge:
+        limit = self._settings.max_body_bytes
+        return PayloadTooLarge(f"The request body is larger than the {limit} bytes this gateway accepts.")
+
+    # -- response --------------------------------------------------------------------------------------------------
+
+    def response_headers(self, event: ResponseHeaders) -> Sequence[Command]:
+        """Who answered, and whether the answer is to be read."""
+        record = self.record
+        record.status = _status(event.headers)
+        record.attempts = event.attempts
+        record.local_reply = event.upstream is None or event.attempts == 0
+        record.answer_ended = event.end_of_stream
+        moved = () if event.upstream is None or record.local_reply else self._served(event.upstream)
+        mode = self._start_reading(event)
+        self.state = State.HELD if self._reader is None else State.AWAIT_RESPONSE_BODY
+        reply = Continue(
+            phase=Phase.RESPONSE_HEADERS,
+            set_headers=self._answer_headers(),
+            remove_headers=tuple(name for name in _ENGINE_REPORT if name in event.headers),
+            response_body=mode,
+            load_report=self._load_report(),
+        )
+        return (*moved, reply)
+
+    def _served(self, address: str) -> Sequence[Serve]:
+        """After a retry it was another endpoint than the chosen one that answered."""
+        record = self.record
+        record.served_address = address
+        record.served_by = self._lookup(address)
+        if record.served_by is None or record.decision is None:
+            return ()
+        return () if record.served_by == record.decision.chosen.endpoint else (Serve(record.served_by),)
+
+    def _start_reading(self, event: ResponseHeaders) -> BodyMode | None:
+        """Sets up the reader if there is something to read; returns how the body is to come."""
+        record = self.record
+        if record.inference is None or not self._settings.accounting:
+            return None
+        good = record.status is not None and record.status < 300 and not record.local_reply
+        if not good or event.end_of_stream:
+            return BodyMode.NONE
+        content_type = (event.headers.get("content-type") or "").partition(";")[0].strip().lower()
+        record.streamed = content_type == "text/event-stream"
+        if control.body_is_encoded(event.headers):
+            record.unread = "compressed"
+        elif record.streamed:
+            return self._read_stream()
+        elif content_type == "application/json":
+            return self._read_json(control.content_length(event.headers))
+        else:
+            record.unread = "content-type"
+        return BodyMode.NONE
+
+    def _read_stream(self) -> BodyMode:
+        limit = self._settings.max_event_bytes
+        self._reader = StreamReader(hide_usage=self._hide_usage, max_event_bytes=limit)
+        self.record.seen = self._reader.seen
+        return BodyMode.STREAMED
+
+    def _read_json(self, length: int | None) -> BodyMode:
+        self._reader = JsonReader(max_body_bytes=self._settings.max_json_bytes)
+        self.record.seen = self._reader.seen
+        short = length is not None and length <= self._settings.buffer_json_bytes
+        return BodyMode.BUFFERED if short else BodyMode.STREAMED
+
+    def _answer_headers(self) -> tuple[tuple[str, str], ...]:
+        record = self.record
+        headers = [("x-request-id", record.request_id), ("request-id", record.request_id)]
+        if record.decision is not None:
+            headers.append(("routing-strategy", record.decision.decided_by))
+        if record.served_address is not None:
+            name = record.served_address if record.served_by is None else record.served_by.name
+            headers += [("target-pod", name), ("target-pod-ip", record.served_address)]
+        return tuple(headers)
+
+    def _load_report(self) -> LoadReport | None:
+        form = control.load_report_form(self._headers)
+        decision = self.record.decision
+        return None if form is None or decision is None else LoadReport(form, decision.chosen)
+
+    def response_body(self, event: ResponseBody) -> Sequence[Command]:
+        """What came of the answer in one read."""
+        reader = self._reader
+        assert reader is not None
+        shown = reader.feed(event.data, event.at) if event.data else None
+        if not event.end_of_stream:
+            return _PASS_BODY if shown is None else (Continue(phase=Phase.RESPONSE_BODY, body=shown),)
+        rest = self._end_of_answer(reader, event.at)
+        if rest:
+            shown = (event.data if shown is None else shown) + rest
+        return (Continue(phase=Phase.RESPONSE_BODY, body=shown),)
+
+    def response_trailers(self, event: ResponseTrailers) -> Sequence[Command]:
+        """The end of an answer with trailers. A tail held back cannot be delivered any more: trailers carry no body."""
+        assert self._reader is not None
+        self._end_of_answer(self._reader, event.at)
+        return _PASS[ResponseTrailers]
+
+    def _end_of_answer(self, reader: Reader, at: float) -> bytes:
+        self.state = State.HELD
+        self.record.answer_ended = True
+        self._reader = None
+        return reader.finish(at)
+
+    # -- end -------------------------------------------------------------------------------------------------------
+
+    def stream_closed(self, event: StreamClosed) -> Sequence[Command]:
+        """However it ended. What was held back of a stream cut off is lost with it; what was seen of it is not."""
+        self.state = State.CLOSED
+        self._reader = None
+        self._headers = Headers()
+        return (Finish(self.record.report(event)),)
+
+
+Handler = Callable[[Exchange, Any], Sequence[Command]]
+
+_CLOSE: Mapping[type[Any], Handler] = {StreamClosed: Exchange.stream_closed}
+TABLE: Mapping[State, Mapping[type[Any], Handler]] = {
+    State.AWAIT_REQUEST_HEADERS: {RequestHeaders: Exchange.request_headers, **_CLOSE},
+    # Envoy answers by itself (413, a timeout) while the body is awaited: its answer passes through here too.
+    State.AWAIT_REQUEST_BODY: {
+        RequestBody: Exchange.request_body,
+        ResponseHeaders: Exchange.response_headers,
+        **_CLOSE,
+    },
+    State.AWAIT_DECISION: {Scheduled: Exchange.scheduled, Refused: Exchange.refused, **_CLOSE},
+    State.AWAIT_RESPONSE_HEADERS: {ResponseHeaders: Exchange.response_headers, **_CLOSE},
+    State.AWAIT_RESPONSE_BODY: {
+        ResponseBody: Exchange.response_body,
+        ResponseTrailers: Exchange.response_trailers,
+        **_CLOSE,
+    },
+    State.HELD: _CLOSE,
+    State.ANSWERED: _CLOSE,
+    State.CLOSED: {},
+}
+"""What may happen in which state, and who handles it."""
+
+NEXT: Mapping[State, Mapping[type[Any], frozenset[State]]] = {
+    State.AWAIT_REQUEST_HEADERS: {
+        RequestHeaders: frozenset({State.AWAIT_REQUEST_BODY, State.AWAIT_DECISION, State.ANSWERED}),
+    },
+    State.AWAIT_REQUEST_BODY: {
+        RequestBody: frozenset({State.AWAIT_DECISION, State.ANSWERED}),
+        ResponseHeaders: frozenset({State.HELD}),
+    },
+    State.AWAIT_DECISION: {
+        Scheduled: frozenset({State.AWAIT_RESPONSE_HEADERS}),
+        Refused: frozenset({State.ANSWERED}),
+    },
+    State.AWAIT_RESPONSE_HEADERS: {ResponseHeaders: frozenset({State.AWAIT_RESPONSE_BODY, State.HELD})},
+    State.AWAIT_RESPONSE_BODY: {
+        ResponseBody: frozenset({State.AWAIT_RESPONSE_BODY, State.HELD}),
+        ResponseTrailers: frozenset({State.HELD}),
+    },
+}
+"""Where each of these leads; `StreamClosed` leads to CLOSED from everywhere. Tests draw from it and hold it true."""
+
+
+def _status(headers: Headers) -> int | None:
+    status = headers.get(":status") or ""
+    return int(status) if status.isdecimal() and len(status) == 3 else None

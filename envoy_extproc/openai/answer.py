@@ -1,0 +1,318 @@
+"""Reading what an engine answers: usage, first and last token, errors. And hiding what only our asking added.
+
+One reader an exchange, either for an event stream or for a JSON body; both write what they see into a `Seen`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+
+from envoy_extproc.openai import lenient, splice
+from envoy_extproc.openai.request import BYTES_PER_TOKEN
+from envoy_extproc.openai.sse import Decoder, Unparsed, data_of
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of one exchange.
+
+    Attributes:
+        prompt_tokens: OpenTelemetry's ``gen_ai.usage.input_tokens``.
+        completion_tokens: ``gen_ai.usage.output_tokens``, over all choices.
+        cached_tokens: prompt tokens that the engine's prefix cache held; None where it does not say.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class EngineError(msgspec.Struct, frozen=True, kw_only=True):
+    """An error the engine told of in a body, perhaps in the middle of a 200.
+
+    Attributes:
+        message: the engine's sentence.
+        type: the engine's error type.
+        code: an HTTP-like status, 500 where the engine gave none that is a number.
+    """
+
+    message: str = ""
+    type: str = ""
+    code: int = 500
+
+
+class Seen:
+    """What has been seen of an answer so far.
+
+    Attributes:
+        usage: as the engine last reported it; None until then.
+        first_token_at: when the first content, reasoning or tool call came, in the clock of `feed`; None until then.
+        last_token_at: when the last such one came.
+        token_events: how many pieces of text, reasoning or tool call came, each choice for itself.
+        text_length: characters of text in them.
+        error: the last error told of in the body.
+        done: whether ``[DONE]``, or the end of a JSON body that could be read, came.
+        oversized: events or bodies beyond the limit, passed unparsed.
+        unreadable: events or bodies that are not JSON of a shape known.
+        removed_events: usage events taken out.
+    """
+
+    __slots__ = (
+        "done",
+        "error",
+        "first_token_at",
+        "last_token_at",
+        "oversized",
+        "removed_events",
+        "text_length",
+        "token_events",
+        "unreadable",
+        "usage",
+    )
+
+    def __init__(self) -> None:
+        self.usage: Usage | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self.token_events = 0
+        self.text_length = 0
+        self.error: EngineError | None = None
+        self.done = False
+        self.oversized = 0
+        self.unreadable = 0
+        self.removed_events = 0
+
+    @property
+    def completion_tokens_estimate(self) -> int:
+        """Tokens guessed from what came.
+
+        Engines write an event a token as long as they are not hurried. Where the text is twice as long as that allows,
+        several tokens share an event, and the length of the text is the better guess.
+        """
+        by_length = self.text_length // BYTES_PER_TOKEN
+        return by_length if by_length > 2 * self.token_events else self.token_events
+
+
+class Reader(Protocol):
+    """Reads one body as it comes."""
+
+    seen: Seen
+
+    def feed(self, data: bytes, now: float) -> bytes | None:
+        """Takes what came at `now`; returns what to pass on instead, None to pass it on as it is."""
+
+    def finish(self, now: float) -> bytes:
+        """Takes the end of the body; returns what is still to be passed on."""
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+    function_call: msgspec.Raw | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    text: str | None = None
+
+
+class _Body(msgspec.Struct):
+    """An event or a JSON answer: the members that count, at the top level and nowhere else."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | msgspec.UnsetType | None = msgspec.UNSET
+    error: Any = None
+    object: Any = None
+    message: Any = None
+    type: Any = None
+    code: Any = None
+
+
+_BODY = msgspec.json.Decoder(_Body)
+
+
+class StreamReader:
+    """Reads a stream of server-sent events.
+
+    Args:
+        hide_usage: whether usage is in the stream only because this server asked for it.
+        max_event_bytes: an event beyond this passes unparsed.
+    """
+
+    __slots__ = ("_decoder", "_hide_usage", "seen")
+
+    def __init__(self, *, hide_usage: bool, max_event_bytes: int) -> None:
+        self._decoder = Decoder(max_event_bytes)
+        self._hide_usage = hide_usage
+        self.seen = Seen()
+
+    def feed(self, data: bytes, now: float) -> bytes | None:
+        """See `Reader`. Bytes of an event that may have to go are held back until it is whole."""
+        decoder = self._decoder
+        held = decoder.pending
+        changed = False
+        kept: list[bytes] = []
+        for event in decoder.feed(data):
+            shown = event if type(event) is Unparsed else self._read(event, now)
+            changed = changed or shown is not event
+            kept.append(shown)
+        self.seen.oversized = decoder.oversized
+        if not self._hide_usage or not (changed or held or decoder.pending):
+            return None
+        return b"".join(kept)
+
+    def finish(self, now: float) -> bytes:
+        """See `Reader`. A tail without its empty line is read like an event and delivered whole."""
+        rest = self._decoder.finish()
+        if rest:
+            self._note(data_of(rest), now)
+        return rest if self._hide_usage else b""
+
+    def _read(self, event: bytes, now: float) -> bytes:
+        data = data_of(event)
+        body = self._note(data, now)
+        if body is None or body.usage is msgspec.UNSET or not self._hide_usage:
+            return event
+        if body.usage is None:
+            return _without_null_usage(event, data)
+        if not body.choices and body.error is None:
+            self.seen.removed_events += 1
+            return b""
+        return event
+
+    def _note(self, data: bytes, now: float) -> _Body | None:
+        if not data:
+            return None
+        if data == b"[DONE]":
+            self.seen.done = True
+            return None
+        try:
+            body = lenient.decode(_BODY, data)
+        except lenient.Malformed:
+            self.seen.unreadable += 1
+            return None
+        _note_body(self.seen, body, now)
+        return body
+
+
+class JsonReader:
+    """Reads a JSON answer; passes everything on as it is.
+
+    Args:
+        max_body_bytes: a body beyond this passes unparsed.
+    """
+
+    __slots__ = ("_max_body_bytes", "_parts", "_size", "seen")
+
+    def __init__(self, *, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._parts: list[bytes] = []
+        self._size = 0
+        self.seen = Seen()
+
+    def feed(self, data: bytes, now: float) -> None:
+        """See `Reader`."""
+        self._size += len(data)
+        if self._size <= self._max_body_bytes:
+            self._parts.append(data)
+        elif not self.seen.oversized:
+            self.seen.oversized = 1
+            self._parts.clear()
+
+    def finish(self, now: float) -> bytes:
+        """See `Reader`."""
+        text = b"".join(self._parts)
+        self._parts.clear()
+        if self.seen.oversized or not text:
+            return b""
+        try:
+            body = lenient.decode(_BODY, text)
+        except lenient.Malformed:
+            self.seen.unreadable += 1
+            return b""
+        _note_body(self.seen, body, now)
+        self.seen.first_token_at = self.seen.last_token_at = None  # a JSON answer comes at once
+        self.seen.done = True
+        return b""
+
+
+def _note_body(seen: Seen, body: _Body, now: float) -> None:
+    for choice in body.choices or ():
+        length = _text_length(choice)
+        if length is not None:
+            seen.token_events += 1
+            seen.text_length += length
+            seen.last_token_at = now
+            if seen.first_token_at is None:
+                seen.first_token_at = now
+    usage = body.usage
+    if isinstance(usage, _Usage):
+        details = usage.prompt_tokens_details
+        seen.usage = Usage(
+            prompt_tokens=usage.prompt_tokens or 0,
+            completion_tokens=usage.completion_tokens or 0,
+            cached_tokens=None if details is None else details.cached_tokens,
+        )
+    if body.error is not None:
+        seen.error = engine_error(body.error)
+    elif body.object == "error":
+        seen.error = engine_error({"message": body.message, "type": body.type, "code": body.code})
+
+
+def _text_length(choice: _Choice) -> int | None:
+    """Characters of what a choice brings; None where it brings nothing, as an event with the role alone."""
+    if choice.text:
+        return len(choice.text)
+    delta = choice.delta or choice.message
+    if delta is None:
+        return None
+    text = delta.content or delta.reasoning or delta.reasoning_content or delta.refusal
+    if text:
+        return len(text)
+    if delta.tool_calls:
+        return sum(len(bytes(call)) for call in delta.tool_calls)
+    return None if delta.function_call is None else len(bytes(delta.function_call))
+
+
+def engine_error(error: object) -> EngineError:
+    """An ``error`` member of any shape seen in the wild: an object, or a sentence."""
+    if not isinstance(error, dict):
+        return EngineError(message=str(error))
+    code: object = error.get("code")
+    if isinstance(code, str) and code.isdecimal():
+        code = int(code[:6])
+    status = 500 if isinstance(code, bool) or not isinstance(code, int) else code
+    return EngineError(message=str(error.get("message") or ""), type=str(error.get("type") or ""), code=status)
+
+
+def _without_null_usage(event: bytes, data: bytes) -> bytes:
+    start = event.find(data)
+    if start < 0:  # data over several lines: left as it is
+        return event
+    if data.endswith(b',"usage":null}'):
+        return b"".join((event[:start], data[:-14], b"}", event[start + len(data) :]))
+    member = splice.find(data, "usage")
+    if member is None:
+        return event
+    return event[:start] + splice.remove(data, member) + event[start + len(data) :]

@@ -1,0 +1,45 @@
+"""Decoding JSON as liberally as engines do: msgspec first, Python's own decoder as a second opinion.
+
+Engines are Python programs; their decoder takes ``NaN`` and a lone surrogate escape, msgspec does not. What an engine
+would have read must not be refused here, so whatever msgspec calls malformed is asked again, at a price only such
+texts pay.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+Malformed = msgspec.DecodeError
+"""The text is not JSON."""
+Mismatch = msgspec.ValidationError
+"""The text is JSON, but not of the type asked for. A subclass of `Malformed`."""
+
+
+def decode(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
+    """The value of `text`.
+
+    Raises:
+        Mismatch: it is JSON of another type.
+        Malformed: it is not JSON, not UTF-8, or nested deeper than the interpreter allows.
+    """
+    try:
+        return decoder.decode(text)
+    except Mismatch:
+        raise
+    except RecursionError as error:
+        raise Malformed("JSON is nested too deeply") from error
+    except Malformed as error:
+        return _second_opinion(decoder, text, error)
+
+
+def _second_opinion(decoder: msgspec.json.Decoder[T], text: bytes, first: msgspec.DecodeError) -> T:
+    try:
+        value = json.loads(text.decode(), parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        raise first from None
+    return decoder.decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))

@@ -1,0 +1,124 @@
+"""What choosing works on and returns, and what a filter, a scorer and a picker are (names of the endpoint picker)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from envoy_extproc.endpoints import Endpoint, EngineStats
+
+
+class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request lets choosing know.
+
+    Attributes:
+        model: the model's name; None where the request tells none.
+        policy: the policy the client asks for by `routing-strategy`; None where it leaves that to us.
+        pin: address from `target-pod-ip`; None where the client does not ask for one.
+        subset: the addresses the picker protocol allows; None where it allows all, empty where it allows none.
+    """
+
+    model: str | None = None
+    policy: str | None = None
+    pin: str | None = None
+    subset: tuple[str, ...] | None = None
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """An endpoint at the moment of decision.
+
+    Attributes:
+        endpoint: who it is.
+        in_flight: exchanges this server has on it now.
+        stats: what its engine said last; None where that is missing or too old to believe.
+        reachable: False while its metrics port refuses connections.
+    """
+
+    endpoint: Endpoint
+    in_flight: int = 0
+    stats: EngineStats | None = None
+    reachable: bool = True
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """One scorer's word: a number for each candidate that was left, in their order; higher is better, 0 to 1."""
+
+    scorer: str
+    weight: float
+    values: tuple[float, ...]
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request goes, and why.
+
+    Attributes:
+        policy: the policy that was to decide.
+        decided_by: the policy that did: another one where data was missing.
+        fallback_reason: why it was another one; None where it was not.
+        chosen: the candidate picked, as it was then.
+        order: the endpoints to try, the chosen one first.
+        candidates: who was left after filtering.
+        filtered: names of endpoints taken out, by filter.
+        scores: every scorer's word on the candidates.
+    """
+
+    policy: str
+    decided_by: str
+    chosen: Candidate
+    order: tuple[Endpoint, ...]
+    fallback_reason: str | None = None
+    candidates: tuple[Candidate, ...] = ()
+    filtered: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    scores: tuple[Scores, ...] = ()
+
+
+class MissingDataError(Exception):
+    """A scorer lacks what it scores by.
+
+    Attributes:
+        reason: a word or two for a metric's label: `no-stats`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Filter(Protocol):
+    """Takes candidates out."""
+
+    name: str
+
+    def filter(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Those that stay, in their order. Never empty if `candidates` is not."""
+
+
+class Scorer(Protocol):
+    """Says how good each candidate is."""
+
+    name: str
+
+    def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[float]:
+        """A finite number from 0 to 1 for each candidate, higher is better.
+
+        Raises:
+            MissingDataError: what it scores by is not known of any candidate.
+        """
+
+
+class Picker(Protocol):
+    """Puts scored candidates in the order in which they are to be tried."""
+
+    name: str
+
+    def pick(
+        self,
+        request: SchedulingRequest,
+        candidates: Sequence[Candidate],
+        scores: Sequence[float],
+        rng: random.Random,
+    ) -> list[Candidate]:
+        """All `candidates`, the chosen one first."""

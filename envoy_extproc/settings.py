@@ -1,0 +1,269 @@
+"""The settings: one frozen model per concern, each default with its reason. The only reader of file and environment.
+
+Every key can also come from the environment as ``ENVOY_EXTPROC_<SECTION>__<KEY>``, which wins over the file. An
+unknown key, in file or environment, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+ENV_PREFIX = "ENVOY_EXTPROC_"
+
+Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+
+
+def _checked_address(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 <= int(port) <= 65_535:
+        raise ValueError("must be host:port")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
+
+
+class SettingsError(ValueError):
+    """The configuration is wrong; the message says which key and why, a line each."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+
+class Server(_Section):
+    """This server's ports and bounds."""
+
+    listen: Address = "0.0.0.0:9002"
+    """The port the endpoint pickers of the field use for ext_proc."""
+    admin: Address = "0.0.0.0:9090"
+    """Metrics and health over HTTP; 9090 is where Prometheus operators look first."""
+    drain_seconds: Seconds = 30
+    """Kubernetes' default termination grace; a stream still open then is given back to Envoy, not cut."""
+    max_body_bytes: int = Field(default=33_554_432, ge=1024, le=1_073_741_824)
+    """32 MiB: a dozen images in base64. Envoy buffers as much for each request it has under way."""
+    tls: None = None
+    """Reserved: TLS on the ext_proc port is not there yet."""
+    debug_token: str | None = Field(default=None, min_length=8, repr=False)
+    """Opens /debug to others than loopback; without one, loopback alone."""
+
+
+class StaticSource(_Section):
+    """Endpoints written down."""
+
+    endpoints: tuple[Mapping[str, Any], ...] | None = None
+    """A list of {name, address, models, engine, labels}; `discovery.parse` checks each."""
+    file: Path | None = None
+    """A YAML file of the same, reread when it changes."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.endpoints is None) == (self.file is None):
+            raise ValueError("give either `endpoints` or `file`")
+        return self
+
+
+class Discovery(_Section):
+    """Who may be chosen."""
+
+    static: StaticSource | None = None
+    kubernetes: None = None
+    """Reserved: discovery from Kubernetes is not there yet."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.static is None:
+            raise ValueError("give `static`: nobody can be chosen otherwise")
+        return self
+
+
+class Routing(_Section):
+    """How an endpoint is chosen."""
+
+    policy: str = "least-request"
+    """Needs no data but our own, and no workload is bad for it."""
+    tries: int = Field(default=3, ge=1, le=10)
+    """Endpoints named to Envoy, the first choice and fallbacks for retries: two dead pods lose no request."""
+    allow_pinning: bool = False
+    """`target-pod-ip` lets clients choose, so it must be wanted."""
+    clear_route_cache: bool = False
+    """Let Envoy choose its route again by the `model` header: for one route per model; one route for all needs none."""
+
+
+class Engines(_Section):
+    """How engines are asked about themselves."""
+
+    scrape_interval_ms: int = Field(default=200, ge=20, le=60_000)
+    """A decision is then at most this much behind the engine; a tenth of a long prefill."""
+    scrape_timeout_ms: int = Field(default=1000, ge=20, le=60_000)
+    """An engine busy with a long prefill can take hundreds of milliseconds to answer."""
+    max_stats_age_ms: int = Field(default=2000, ge=20, le=600_000)
+    """Ten missed scrapes; older numbers say nothing about now."""
+    max_scrape_bytes: int = Field(default=4_194_304, ge=4096)
+    """vLLM's page is 60 KB; a page of this size is no metrics page."""
+
+
+class Responses(_Section):
+    """How answers are read."""
+
+    accounting: Literal["auto", "stream", "none"] = "auto"
+    """auto and stream read every answer as it passes; none reads nothing and counts no tokens."""
+    max_event_bytes: int = Field(default=1_048_576, ge=1024)
+    """An event with log-probabilities or an image is tens of KB."""
+    max_json_bytes: int = Field(default=16_777_216, ge=1024)
+    """A batch of 1,000 embeddings in floats is about 10 MB."""
+
+
+class EnvoySettings(_Section):
+    """What `config envoy` and `demo` write into Envoy's bootstrap."""
+
+    listen: Address = "0.0.0.0:8080"
+    admin: Address = "127.0.0.1:9901"
+    """Envoy's admin port can stop it: loopback alone."""
+    servers: tuple[Address, ...] = ()
+    """Further ext_proc addresses besides `server.listen`."""
+    fail_open: Literal["auto"] | bool = "auto"
+    """auto: open while neither authentication nor limits are on, since then nothing is guarded by being closed."""
+
+
+class State(_Section):
+    """Where state is kept."""
+
+    redis_url: None = None
+    """Reserved: null keeps state in memory."""
+
+
+class Limits(_Section):
+    """Reserved: request and token limits are not there yet."""
+
+
+class Auth(_Section):
+    """Who a client is."""
+
+    mode: Literal["none"] = "none"
+    """Reserved: `header` and `api-key` are not there yet."""
+
+
+class Model(_Section):
+    """What is different for one model."""
+
+    policy: str | None = None
+
+
+class Settings(BaseSettings):
+    """The whole configuration."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    server: Server = Server()
+    discovery: Discovery
+    routing: Routing = Routing()
+    engines: Engines = Engines()
+    responses: Responses = Responses()
+    envoy: EnvoySettings = EnvoySettings()
+    state: State = State()
+    limits: Limits = Limits()
+    auth: Auth = Auth()
+    models: Mapping[str, Model] = Field(default_factory=dict)
+
+    @property
+    def fail_open(self) -> bool:
+        """`envoy.fail_open` with `auto` decided."""
+        return True if self.envoy.fail_open == "auto" else self.envoy.fail_open
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  pydantic-settings passes all by name
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file; no .env file and no secrets directory is read."""
+        return env_settings, init_settings
+
+
+def load(path: Path | None, *, policies: tuple[str, ...]) -> Settings:
+    """The settings of the file at `path`, with what the environment says instead.
+
+    Args:
+        path: a YAML file; None for the environment alone.
+        policies: the names a policy may have.
+
+    Raises:
+        SettingsError: something in it is wrong.
+    """
+    return parse({} if path is None else _read(path), policies=policies, source=str(path or "environment"))
+
+
+def parse(data: Mapping[str, Any], *, policies: tuple[str, ...], source: str = "configuration") -> Settings:
+    """The settings in `data`; see `load`."""
+    _check_environment(os.environ)
+    try:
+        settings = Settings(**data)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_sentences(source, error))) from None
+    _check_policies(settings, policies, source)
+    return settings
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise SettingsError(f"{path}: the file must hold sections: server, discovery, routing, ...")
+    return data
+
+
+def _sentences(source: str, error: ValidationError) -> list[str]:
+    lines = []
+    for each in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(part) for part in each["loc"])
+        message = (
+            "unknown key" if each["type"] == "extra_forbidden" else each["msg"].removeprefix("Value error, ")
+        )
+        lines.append(f"{source}: {key}: {message}")
+    return lines
+
+
+def _check_policies(settings: Settings, policies: tuple[str, ...], source: str) -> None:
+    named = {"routing.policy": settings.routing.policy}
+    named |= {
+        f"models.{name}.policy": model.policy for name, model in settings.models.items() if model.policy
+    }
+    wrong = [(key, name) for key, name in named.items() if name not in policies]
+    if wrong:
+        known = ", ".join(policies)
+        raise SettingsError(
+            "\n".join(f"{source}: {key}: no policy {name!r}; there are {known}" for key, name in wrong)
+        )
+
+
+def _check_environment(environment: Mapping[str, str]) -> None:
+    """pydantic-settings passes over variables whose section it does not know."""
+    sections = {name.upper() for name in Settings.model_fields}
+    for name in environment:
+        if name.startswith(ENV_PREFIX):
+            section = name.removeprefix(ENV_PREFIX).partition("__")[0]
+            if section not in sections:
+                raise SettingsError(f"environment: {name}: unknown key")
