@@ -190,8 +190,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],  # noqa: ARG003  pydantic-settings passes all by name
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  likewise
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  likewise
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment wins over the file; no .env file and no secrets directory is read."""
         return env_settings, init_settings

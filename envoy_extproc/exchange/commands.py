@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum, auto
 
 import msgspec
@@ -23,7 +24,7 @@ class Phase(Enum):
 
 
 class BodyMode(Enum):
-    """How Envoy is to hand over the response body (ProcessingMode.BodySendMode)."""
+    """How Envoy is to hand over a body (ProcessingMode.BodySendMode)."""
 
     NONE = auto()
     STREAMED = auto()
@@ -46,6 +47,7 @@ class Continue(msgspec.Struct, frozen=True, kw_only=True):
         remove_headers: headers to remove.
         body: what to pass on instead of the body in the message; None leaves it.
         destination: addresses to try in order, for Envoy's ``override_host``.
+        request_body: how the request body is to be handed over; None leaves it BUFFERED.
         response_body: how the response body is to be handed over from here on; None leaves the mode.
         clear_route_cache: whether Envoy chooses its route again.
         load_report: the ORCA report to add to the response headers.
@@ -56,9 +58,14 @@ class Continue(msgspec.Struct, frozen=True, kw_only=True):
     remove_headers: tuple[str, ...] = ()
     body: bytes | None = None
     destination: tuple[str, ...] = ()
+    request_body: BodyMode | None = None
     response_body: BodyMode | None = None
     clear_route_cache: bool = False
     load_report: LoadReport | None = None
+
+
+PASS: Mapping[Phase, Continue] = {phase: Continue(phase=phase) for phase in Phase}
+"""Replies that change nothing, made once: every token of an answer gets one."""
 
 
 class Respond(msgspec.Struct, frozen=True, kw_only=True):

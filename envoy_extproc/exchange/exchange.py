@@ -32,6 +32,7 @@ from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.errors import BadRequest, GatewayError, PayloadTooLarge
 from envoy_extproc.exchange import control
 from envoy_extproc.exchange.commands import (
+    PASS,
     BodyMode,
     Command,
     Continue,
@@ -108,10 +109,7 @@ _PHASES: Mapping[type[Any], Phase] = {
     ResponseBody: Phase.RESPONSE_BODY,
     ResponseTrailers: Phase.RESPONSE_TRAILERS,
 }
-_PASS: Mapping[type[Any], Sequence[Command]] = {
-    event: (Continue(phase=phase),) for event, phase in _PHASES.items()
-}
-_PASS_BODY = _PASS[ResponseBody]
+_PASS_BODY = (PASS[Phase.RESPONSE_BODY],)
 _ENGINE_REPORT = ("endpoint-load-metrics", "endpoint-load-metrics-bin")  # for us; a client gets ours
 
 
@@ -163,7 +161,8 @@ class Exchange:
         if handler is not None:
             return handler(self, event)
         self.record.unexpected += 1
-        return () if self.state is State.CLOSED else _PASS.get(type(event), ())
+        phase = _PHASES.get(type(event))
+        return () if phase is None or self.state is State.CLOSED else (PASS[phase],)
 
     # -- request ---------------------------------------------------------------------------------------------------
 
@@ -228,7 +227,9 @@ class Exchange:
                 set_headers=self._routed_headers(event.decision, body),
                 remove_headers=control.to_remove(self._headers, model_known=self.record.model is not None),
                 body=body,
-                destination=tuple(endpoint.address for endpoint in event.decision.order),
+                destination=tuple([endpoint.address for endpoint in event.decision.order]),
+                # A body that nobody reads here goes straight to the pod, however long it is.
+                request_body=BodyMode.NONE if self._route is None else None,
                 clear_route_cache=self._settings.clear_route_cache,
             ),
         )
@@ -367,7 +368,7 @@ class Exchange:
         """The end of an answer with trailers. A tail held back cannot be delivered any more: trailers carry no body."""
         assert self._reader is not None
         self._end_of_answer(self._reader, event.at)
-        return _PASS[ResponseTrailers]
+        return (PASS[Phase.RESPONSE_TRAILERS],)
 
     def _end_of_answer(self, reader: Reader, at: float) -> bytes:
         self.state = State.HELD

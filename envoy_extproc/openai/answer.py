@@ -303,7 +303,9 @@ def engine_error(error: object) -> EngineError:
     if isinstance(code, str) and code.isdecimal():
         code = int(code[:6])
     status = 500 if isinstance(code, bool) or not isinstance(code, int) else code
-    return EngineError(message=str(error.get("message") or ""), type=str(error.get("type") or ""), code=status)
+    return EngineError(
+        message=str(error.get("message") or ""), type=str(error.get("type") or ""), code=status
+    )
 
 
 def _without_null_usage(event: bytes, data: bytes) -> bytes:

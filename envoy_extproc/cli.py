@@ -1,0 +1,207 @@
+"""The command line: the only place that prints."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import structlog
+import typer
+
+from envoy_extproc import __version__
+from envoy_extproc.discovery.parse import EndpointError
+from envoy_extproc.discovery.static import load as load_endpoint_file
+from envoy_extproc.endpoints import Endpoint
+from envoy_extproc.engines.dialects import DIALECTS
+from envoy_extproc.envoy.bootstrap import BootstrapOptions, bootstrap
+from envoy_extproc.scheduling.registry import POLICIES
+from envoy_extproc.server.app import App, static_endpoints
+from envoy_extproc.settings import Settings, SettingsError
+from envoy_extproc.settings import load as load_settings
+from envoy_extproc.simulation.engine import run_engine
+from envoy_extproc.simulation.options import EngineOptions
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The brain beside Envoy: picks the model pod, rewrites the request, accounts the stream to the token.",
+)
+config = typer.Typer(
+    no_args_is_help=True, help="Checks a configuration, or prints the Envoy bootstrap for it."
+)
+cli.add_typer(config, name="config")
+
+ConfigFile = Annotated[
+    Path, typer.Option("-c", "--config", metavar="FILE", help="The configuration, in YAML.")
+]
+
+
+def main() -> None:
+    """The console script."""
+    cli()
+
+
+@cli.command()
+def version() -> None:
+    """Prints the version."""
+    typer.echo(__version__)
+
+
+@cli.command()
+def serve(config_file: ConfigFile) -> None:
+    """Runs the server until SIGTERM or Ctrl-C, then drains."""
+    settings = _settings(config_file)
+    _log_as_json()
+    try:
+        _run(_serve(settings))
+    except* (EndpointError, OSError) as group:
+        _fail("\n".join(str(error) for error in group.exceptions))
+
+
+@cli.command()
+def engine(
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes any free port.")] = 8000,
+    model: Annotated[list[str] | None, typer.Option(help="A model to serve; repeatable.")] = None,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    ttft: Annotated[float, typer.Option(min=0, help="Seconds to the first token of a short prompt.")] = 0.05,
+    tpot: Annotated[float, typer.Option(min=0, help="Seconds per further token.")] = 0.02,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests in the batch at once.")] = 256,
+    max_queued: Annotated[int | None, typer.Option(min=0, help="Requests that may wait before 503.")] = None,
+    usage_null: Annotated[bool, typer.Option(help='Write "usage":null as OpenAI does.')] = False,
+) -> None:
+    """Runs one simulated vLLM engine."""
+    options = EngineOptions(
+        host=host,
+        port=port,
+        models=tuple(model or EngineOptions().models),
+        name=f"engine-{port}",
+        ttft_seconds=ttft,
+        tpot_seconds=tpot,
+        max_running=max_running,
+        max_queued=max_queued,
+        usage_null=usage_null,
+    )
+    _log_as_json()
+    try:
+        _run(_engine(options))
+    except OSError as error:
+        _fail(str(error))
+
+
+@config.command("check")
+def config_check(config_file: ConfigFile) -> None:
+    """Validates a configuration; says what it means, or what is wrong with it."""
+    settings = _settings(config_file)
+    endpoints = _endpoints(settings)
+    typer.echo(f"{config_file}: valid")
+    typer.echo(f"  ext_proc {settings.server.listen}, admin {settings.server.admin}")
+    typer.echo(f"  policy {settings.routing.policy}, accounting {settings.responses.accounting}")
+    typer.echo(f"  Envoy fails {'open' if settings.fail_open else 'closed'} while this server is down")
+    for endpoint in endpoints:
+        typer.echo(
+            f"  endpoint {endpoint.name} {endpoint.address} {endpoint.engine}: {', '.join(endpoint.models)}"
+        )
+
+
+@config.command("envoy")
+def config_envoy(config_file: ConfigFile) -> None:
+    """Prints a complete Envoy bootstrap that fits a configuration."""
+    settings = _settings(config_file)
+    typer.echo(bootstrap(bootstrap_options(settings, _endpoints(settings))), nl=False)
+
+
+def bootstrap_options(settings: Settings, endpoints: tuple[Endpoint, ...]) -> BootstrapOptions:
+    """What a bootstrap for these settings is made from."""
+    return BootstrapOptions(
+        listen=settings.envoy.listen,
+        admin=settings.envoy.admin,
+        servers=tuple(_reachable(each) for each in (settings.server.listen, *settings.envoy.servers)),
+        endpoints=endpoints,
+        fail_open=settings.fail_open,
+        max_body_bytes=settings.server.max_body_bytes,
+        tries=settings.routing.tries,
+    )
+
+
+def _reachable(address: str) -> str:
+    """Where a server that listens everywhere is reached from the same machine."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]", "*") else address  # noqa: S104  compared, not bound
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await App(settings).run(stop)
+
+
+async def _engine(options: EngineOptions) -> None:
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await run_engine(options)
+    except asyncio.CancelledError:
+        return
+
+
+def _run(main_coroutine: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(main_coroutine)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    if sys.platform == "win32":
+        return asyncio.new_event_loop
+    import uvloop  # noqa: PLC0415  not there on Windows
+
+    return uvloop.new_event_loop
+
+
+def _settings(path: Path) -> Settings:
+    try:
+        return load_settings(path, policies=POLICIES)
+    except SettingsError as error:
+        _fail(str(error))
+
+
+def _endpoints(settings: Settings) -> tuple[Endpoint, ...]:
+    source = settings.discovery.static
+    try:
+        if source is not None and source.file is not None:
+            return load_endpoint_file(source.file, engines=DIALECTS).endpoints
+        return static_endpoints(settings)
+    except EndpointError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)
+
+
+def _log_as_json() -> None:
+    """One JSON object a line on standard output, as log collectors expect it."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(serializer=lambda line, **_: msgspec.json.encode(line)),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.BytesLoggerFactory(sys.stdout.buffer),
+        cache_logger_on_first_use=True,
+    )

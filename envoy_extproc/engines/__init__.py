@@ -1,0 +1,1 @@
+"""What engines say of themselves: the exposition parser, a dialect for each engine, and the scraper."""

@@ -1,0 +1,319 @@
+"""A complete Envoy 1.40 bootstrap that fits a configuration: listener, ext_proc, pods, breakers, retries.
+
+What it is careful about, and why:
+
+- headers that steer routing are removed before any filter or route sees a client's own (`early_header_mutation`);
+- the pod is taken from dynamic metadata, which no client can write, never from a header;
+- every breaker is far above Envoy's default of 1,024: one ext_proc stream lives for each request, and with fail-open
+  the default lets requests past this server, unrouted and unaccounted, while every client sees 200;
+- what Envoy answers itself has OpenAI's error shape, since clients parse nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import yaml
+
+from envoy_extproc.endpoints import Endpoint
+from envoy_extproc.exchange.control import DESTINATION
+
+Json = dict[str, Any]
+
+_TYPE = "type.googleapis.com/envoy."
+_BREAKER = 1_000_000  # connections, requests, retries: no limit that a fleet reaches
+_WINDOW = 1_048_576
+_TRANSIENT = {"num_retries": 3, "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"}}
+
+_MESSAGES: Sequence[tuple[str, int | None, str, str, str | None]] = (
+    # CEL over Envoy's response code details, status (None leaves it), message, type, code
+    (
+        "response.code_details == 'request_payload_too_large'",
+        413,
+        "The request body is larger than this gateway accepts.",
+        "invalid_request_error",
+        "request_too_large",
+    ),
+    (
+        "response.code_details.startsWith('ext_proc_error')",
+        503,
+        "The gateway cannot route requests at the moment.",
+        "api_error",
+        "service_unavailable",
+    ),
+    (
+        "response.code >= 500 && !response.code_details.startsWith('envoy_extproc_')",
+        None,
+        "No model server could be reached, or it stopped answering.",
+        "api_error",
+        "service_unavailable",
+    ),
+    (
+        "response.code >= 400 && !response.code_details.startsWith('envoy_extproc_')",
+        None,
+        "The request could not be taken.",
+        "invalid_request_error",
+        None,
+    ),
+)
+
+
+class BootstrapOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the bootstrap is made from.
+
+    Attributes:
+        listen: where clients connect, ``host:port``.
+        admin: Envoy's admin address.
+        servers: addresses of the ext_proc servers, one for each process.
+        endpoints: the pods Envoy may be sent to.
+        fail_open: whether Envoy serves by fallback balancing while no server answers.
+        max_body_bytes: of a request body, which Envoy buffers.
+        tries: endpoints a decision names; retries walk them.
+        message_timeout: seconds Envoy waits for a reply.
+    """
+
+    listen: str
+    admin: str
+    servers: tuple[str, ...]
+    endpoints: tuple[Endpoint, ...]
+    fail_open: bool
+    max_body_bytes: int
+    tries: int = 3
+    message_timeout: float = 2.0
+
+
+def bootstrap(options: BootstrapOptions) -> str:
+    """The bootstrap as YAML, with a comment that says what made it."""
+    mode = "open" if options.fail_open else "closed"
+    head = (
+        "# Envoy 1.40 bootstrap, printed by `envoy-extproc config envoy`.\n"
+        f"# ext_proc fails {mode}; {len(options.endpoints)} endpoint(s). Print it again when endpoints change:\n"
+        "# Envoy can only be sent to pods it knows.\n"
+    )
+    return head + yaml.safe_dump(as_dict(options), sort_keys=False, width=110)
+
+
+def as_dict(options: BootstrapOptions) -> Json:
+    """The bootstrap as plain values."""
+    return {
+        "admin": {"address": _address(options.admin)},
+        "static_resources": {
+            "listeners": [_listener(options)],
+            "clusters": [_pods(options), _ext_proc_cluster(options)],
+        },
+    }
+
+
+def _listener(options: BootstrapOptions) -> Json:
+    manager = {
+        "@type": _TYPE + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "ingress",
+        "use_remote_address": True,
+        "preserve_external_request_id": True,  # engines build their ids from the client's own x-request-id
+        "stream_idle_timeout": "600s",  # the longest silence before or between two tokens
+        "request_headers_timeout": "10s",
+        "request_timeout": "60s",  # for the upload of the request
+        "http2_protocol_options": {
+            "max_concurrent_streams": 1000,
+            "initial_stream_window_size": _WINDOW,
+            "initial_connection_window_size": 16 * _WINDOW,
+        },
+        "early_header_mutation_extensions": [_hygiene()],
+        "local_reply_config": {"mappers": [_mapper(*each) for each in _MESSAGES]},
+        "route_config": _routes(options),
+        "http_filters": [_ext_proc_filter(options), _router()],
+    }
+    chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+    return {
+        "name": "gateway",
+        "address": _address(options.listen),
+        "per_connection_buffer_limit_bytes": _WINDOW,
+        "filter_chains": [chain],
+    }
+
+
+def _hygiene() -> Json:
+    """What a client may not say, removed before anything reads it."""
+    mutations: list[Json] = [
+        {"remove": name}
+        for name in (
+            DESTINATION,
+            "x-gateway-destination-endpoint-subset",
+            "target-pod",
+            "x-gateway-model-name",
+        )
+    ]
+    return {
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": {
+            "@type": _TYPE + "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+            "mutations": mutations,
+        },
+    }
+
+
+def _mapper(condition: str, status: int | None, message: str, kind: str, code: str | None) -> Json:
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    body = msgspec.json.encode({"error": error}).decode()
+    mapper: Json = {
+        "filter": {
+            "extension_filter": {
+                "name": "envoy.access_loggers.extension_filters.cel",
+                "typed_config": {
+                    "@type": _TYPE + "extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                    "expression": condition,
+                },
+            }
+        },
+        "body_format_override": {
+            "text_format_source": {"inline_string": body.replace("%", "%%")},
+            "content_type": "application/json",
+        },
+    }
+    return mapper if status is None else mapper | {"status_code": status}
+
+
+def _routes(options: BootstrapOptions) -> Json:
+    route = {
+        "cluster": "pods",
+        "timeout": "0s",  # the default of 15 s ends long answers
+        "idle_timeout": "600s",
+        "retry_policy": {
+            "retry_on": "connect-failure,refused-stream,reset-before-request,retriable-status-codes",
+            "retriable_status_codes": [503],
+            "num_retries": max(0, options.tries - 1),
+            "retry_back_off": _TRANSIENT["retry_back_off"],
+        },
+    }
+    host = {
+        "name": "models",
+        "domains": ["*"],
+        "request_body_buffer_limit": options.max_body_bytes,
+        "routes": [{"match": {"prefix": "/"}, "route": route}],
+    }
+    return {"name": "models", "virtual_hosts": [host]}
+
+
+def _ext_proc_filter(options: BootstrapOptions) -> Json:
+    return {
+        "name": "envoy.filters.http.ext_proc",
+        "typed_config": {
+            "@type": _TYPE + "extensions.filters.http.ext_proc.v3.ExternalProcessor",
+            "stat_prefix": "envoy_extproc",
+            "grpc_service": {
+                "envoy_grpc": {"cluster_name": "ext_proc"},
+                "timeout": "0s",
+                "retry_policy": {
+                    "retry_on": "connect-failure,refused-stream,unavailable,reset",
+                    **_TRANSIENT,
+                },
+            },
+            "failure_mode_allow": options.fail_open,
+            "status_on_error": {"code": "ServiceUnavailable"},
+            "message_timeout": f"{options.message_timeout:g}s",
+            "max_message_timeout": "60s",
+            "allow_mode_override": True,
+            "processing_mode": {
+                "request_header_mode": "SEND",
+                "request_body_mode": "BUFFERED",
+                "response_header_mode": "SEND",
+                "response_body_mode": "NONE",
+                "request_trailer_mode": "SKIP",
+                "response_trailer_mode": "SKIP",
+            },
+            "response_attributes": ["upstream.address", "upstream.request_attempt_count"],
+            "mutation_rules": {"allow_all_routing": False, "allow_envoy": False},
+            "metadata_options": {
+                "forwarding_namespaces": {"untyped": ["envoy.lb.subset_hint"]},
+                "receiving_namespaces": {"untyped": ["envoy.lb"]},
+            },
+        },
+    }
+
+
+def _router() -> Json:
+    return {
+        "name": "envoy.filters.http.router",
+        "typed_config": {"@type": _TYPE + "extensions.filters.http.router.v3.Router"},
+    }
+
+
+def _pods(options: BootstrapOptions) -> Json:
+    fallback = {
+        "name": "envoy.load_balancing_policies.least_request",
+        "typed_config": {"@type": _TYPE + "extensions.load_balancing_policies.least_request.v3.LeastRequest"},
+    }
+    override = {
+        "name": "envoy.load_balancing_policies.override_host",
+        "typed_config": {
+            "@type": _TYPE + "extensions.load_balancing_policies.override_host.v3.OverrideHost",
+            "override_host_sources": [{"metadata": {"key": "envoy.lb", "path": [{"key": DESTINATION}]}}],
+            "fallback_policy": {"policies": [{"typed_extension_config": fallback}]},
+        },
+    }
+    protocol = {
+        # Python servers close an idle connection after 5 s; Envoy must be first, or a request meets the close.
+        "common_http_protocol_options": {"idle_timeout": "4s"},
+        "explicit_http_config": {"http_protocol_options": {}},
+    }
+    return {
+        "name": "pods",
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "per_connection_buffer_limit_bytes": _WINDOW,
+        "circuit_breakers": _breakers(),
+        "load_balancing_policy": {"policies": [{"typed_extension_config": override}]},
+        "typed_extension_protocol_options": _protocol_options(protocol),
+        "load_assignment": _assignment("pods", [endpoint.address for endpoint in options.endpoints]),
+    }
+
+
+def _ext_proc_cluster(options: BootstrapOptions) -> Json:
+    http2 = {
+        "initial_stream_window_size": _WINDOW,
+        "initial_connection_window_size": 16 * _WINDOW,
+        "max_concurrent_streams": 1_000_000,
+        "connection_keepalive": {"interval": "30s", "timeout": "5s"},
+    }
+    return {
+        "name": "ext_proc",
+        "type": "STRICT_DNS",
+        "connect_timeout": "0.25s",
+        "lb_policy": "LEAST_REQUEST",
+        "circuit_breakers": _breakers(),
+        # A server that refuses or resets is left alone for a moment, so a restart costs no request.
+        "outlier_detection": {
+            "split_external_local_origin_errors": True,
+            "consecutive_local_origin_failure": 1,
+            "enforcing_consecutive_local_origin_failure": 100,
+            "base_ejection_time": "1s",
+            "interval": "0.5s",
+            "max_ejection_percent": 100 if len(options.servers) > 1 else 0,
+        },
+        "typed_extension_protocol_options": _protocol_options(
+            {"explicit_http_config": {"http2_protocol_options": http2}}
+        ),
+        "load_assignment": _assignment("ext_proc", options.servers),
+    }
+
+
+def _breakers() -> Json:
+    limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    return {"thresholds": [dict.fromkeys(limits, _BREAKER)]}
+
+
+def _protocol_options(options: Mapping[str, Any]) -> Json:
+    name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    return {name: {"@type": f"type.googleapis.com/{name}", **options}}
+
+
+def _assignment(cluster: str, addresses: Sequence[str]) -> Json:
+    hosts = [{"endpoint": {"address": _address(address)}} for address in addresses]
+    return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": hosts}]}
+
+
+def _address(address: str) -> Json:
+    host, _, port = address.rpartition(":")
+    return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}

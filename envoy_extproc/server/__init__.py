@@ -1,0 +1,1 @@
+"""The shell around the core: gRPC, HTTP, the clock, signals. `app` puts it together."""

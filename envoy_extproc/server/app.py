@@ -1,0 +1,228 @@
+"""The composition root: everything is made here, handed to each other, and run in one TaskGroup until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from aiohttp import web
+
+from envoy_extproc.discovery.parse import parse_endpoints
+from envoy_extproc.discovery.static import FileDiscovery, StaticDiscovery
+from envoy_extproc.endpoints import Endpoint, Snapshot
+from envoy_extproc.engines.dialects import DIALECTS
+from envoy_extproc.engines.scraper import Scraper, ScrapeSettings
+from envoy_extproc.exchange.exchange import ExchangeSettings
+from envoy_extproc.scheduling import registry
+from envoy_extproc.server.admin import Admin
+from envoy_extproc.server.director import Director, RoutingRules
+from envoy_extproc.server.health import Health
+from envoy_extproc.server.servicer import ExternalProcessor
+from envoy_extproc.settings import Settings
+from envoy_extproc.state.memory import InFlight
+from envoy_extproc.telemetry.log import RequestLog
+from envoy_extproc.telemetry.prometheus import PrometheusMetrics
+
+log = structlog.get_logger()
+
+_STOP_GRACE_SECONDS = 5.0
+"""For streams that end while the server stops. 0 would reset them, and Envoy then cuts its clients off."""
+
+
+class Discovery(Protocol):
+    """Yields the whole of who may be chosen, again at every change."""
+
+    def snapshots(self) -> AsyncIterator[Snapshot]:
+        """The first one soon, then for ever."""
+
+
+class App:
+    """One server.
+
+    Args:
+        settings: the whole configuration.
+
+    Attributes:
+        ext_proc_port: the port gRPC listens on, known once `run` has started.
+        admin_port: likewise of the admin HTTP.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._in_flight = InFlight()
+        self._metrics = PrometheusMetrics(self._in_flight_rows)
+        self._discovery = _discovery(settings)
+        self._scraper = Scraper(
+            random.Random(),  # noqa: S311  phases, not secrets
+            _scrape_settings(settings),
+            on_failure=lambda endpoint, _: self._metrics.scrape_failed(endpoint.name),
+        )
+        self._director = Director(
+            profiles=registry.build(),
+            rules=_rules(settings),
+            in_flight=self._in_flight.count,
+            states=self._scraper.states,
+            rng=random.Random(),  # noqa: S311  breaks ties
+        )
+        self._processor = ExternalProcessor(
+            settings=_exchange_settings(settings),
+            director=self._director,
+            in_flight=self._in_flight,
+            hooks=(self._metrics, RequestLog()),
+            message_unknown=self._metrics.message_unknown,
+        )
+        self._health = Health()
+        self._admin = Admin(
+            registry=self._metrics.registry,
+            ready=lambda: self._health.ready,
+            director=self._director,
+            debug_token=settings.server.debug_token,
+        )
+        self.ext_proc_port = 0
+        self.admin_port = 0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until `stop` is set, then drains.
+
+        Raises:
+            EndpointError: discovery has nothing valid to start with.
+            OSError: a port cannot be had.
+        """
+        async with self._grpc() as server, self._http(), asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._discover()), group.create_task(self._scraper.run())]
+            log.info("serving", ext_proc_port=self.ext_proc_port, admin_port=self.admin_port)
+            await stop.wait()
+            await self._drain(server)
+            for task in tasks:
+                task.cancel()
+
+    async def _discover(self) -> None:
+        async for snapshot in self._discovery.snapshots():
+            gone = self._director.snapshot.by_address.keys() - snapshot.by_address.keys()
+            self._metrics.forget_endpoints([self._director.snapshot.by_address[each].name for each in gone])
+            self._director.update(snapshot)
+            self._scraper.update(snapshot)
+            log.info("endpoints", count=len(snapshot.endpoints), models=list(snapshot.models))
+            if not self._health.ready:
+                await self._health.set_ready(True)
+
+    async def _drain(self, server: grpc.aio.Server) -> None:
+        """Readiness off, then wait for the streams under way, then give back what is left, then stop."""
+        log.info("draining", streams=self._processor.live)
+        await self._health.set_ready(False)
+        self._processor.give_back(held_only=True)
+        try:
+            async with asyncio.timeout(self._settings.server.drain_seconds):
+                await self._processor.drained()
+        except TimeoutError:
+            log.warning("drain_timeout", streams=self._processor.live)
+        stopping = asyncio.ensure_future(
+            server.stop(_STOP_GRACE_SECONDS)
+        )  # takes no more streams from here on
+        self._processor.give_back(held_only=False)
+        await stopping
+
+    @asynccontextmanager
+    async def _grpc(self) -> AsyncIterator[grpc.aio.Server]:
+        settings = self._settings.server
+        server = grpc.aio.server(options=list(_grpc_options(settings.max_body_bytes)))
+        server.add_generic_rpc_handlers((self._processor.handler(),))
+        self._health.add_to(server)
+        await self._health.start()
+        self.ext_proc_port = _bind(server, settings.listen)
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.stop(None)
+
+    @asynccontextmanager
+    async def _http(self) -> AsyncIterator[None]:
+        host, _, port = self._settings.server.admin.rpartition(":")
+        runner = web.AppRunner(self._admin.app(), access_log=None, handle_signals=False)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, host.strip("[]"), int(port))
+            await site.start()
+            self.admin_port = runner.addresses[0][1]
+            yield
+        finally:
+            await runner.cleanup()
+
+    def _in_flight_rows(self) -> Iterator[tuple[str, str, int]]:
+        for model, address, count in self._in_flight:
+            endpoint = self._director.lookup(address)
+            yield model, address if endpoint is None else endpoint.name, count
+
+
+def static_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
+    """The endpoints written in the configuration itself; none where a file lists them.
+
+    Raises:
+        EndpointError: one of them is wrong.
+    """
+    source = settings.discovery.static
+    if source is None or source.endpoints is None:
+        return ()
+    return parse_endpoints({"endpoints": [dict(each) for each in source.endpoints]}, engines=DIALECTS)
+
+
+def _discovery(settings: Settings) -> Discovery:
+    source = settings.discovery.static
+    if source is not None and source.file is not None:
+        return FileDiscovery(source.file, engines=DIALECTS)
+    return StaticDiscovery(static_endpoints(settings))
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: the port is taken or not allowed") from error
+
+
+def _grpc_options(max_body_bytes: int) -> Iterator[tuple[str, Any]]:
+    yield (
+        "grpc.max_receive_message_length",
+        max_body_bytes + 1_048_576,
+    )  # the default of 4 MiB is a 500 in Envoy
+    yield "grpc.max_send_message_length", max_body_bytes + 1_048_576
+    yield "grpc.so_reuseport", 0  # a stale process on the port would silently take connections
+    yield "grpc.http2.max_ping_strikes", 0  # Envoy's keepalive pings would be answered with GOAWAY
+
+
+def _exchange_settings(settings: Settings) -> ExchangeSettings:
+    return ExchangeSettings(
+        max_body_bytes=settings.server.max_body_bytes,
+        accounting=settings.responses.accounting != "none",
+        max_event_bytes=settings.responses.max_event_bytes,
+        max_json_bytes=settings.responses.max_json_bytes,
+        clear_route_cache=settings.routing.clear_route_cache,
+    )
+
+
+def _rules(settings: Settings) -> RoutingRules:
+    policies: Mapping[str, str] = {
+        name: model.policy for name, model in settings.models.items() if model.policy is not None
+    }
+    return RoutingRules(
+        policy=settings.routing.policy,
+        model_policies=policies,
+        tries=settings.routing.tries,
+        allow_pinning=settings.routing.allow_pinning,
+        max_stats_age=settings.engines.max_stats_age_ms / 1000,
+    )
+
+
+def _scrape_settings(settings: Settings) -> ScrapeSettings:
+    engines = settings.engines
+    return ScrapeSettings(
+        interval=engines.scrape_interval_ms / 1000,
+        timeout=engines.scrape_timeout_ms / 1000,
+        max_bytes=engines.max_scrape_bytes,
+    )

@@ -1,0 +1,206 @@
+"""``ExternalProcessor.Process``: one gRPC stream for each HTTP exchange, from Envoy's first message to its end.
+
+The stream is held to the end of the exchange: its end, however it comes, is what releases in-flight. grpc.aio shows
+that end as EOF or as a cancellation, about half and half; neither says how the exchange went. That is the core's to
+know, so both are taken as the same event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterable, Callable, Sequence
+
+import grpc
+import structlog
+
+from envoy_extproc.errors import GatewayError
+from envoy_extproc.exchange.commands import Command, Continue, Finish, Respond, Schedule, Serve
+from envoy_extproc.exchange.events import Event, Refused, Scheduled, StreamClosed
+from envoy_extproc.exchange.exchange import Exchange, ExchangeSettings, State
+from envoy_extproc.server import wire
+from envoy_extproc.server.director import Director
+from envoy_extproc.state.memory import InFlight, Lease
+from envoy_extproc.telemetry import Hook
+
+log = structlog.get_logger()
+
+Context = grpc.aio.ServicerContext[wire.ProcessingRequest, wire.ProcessingResponse]
+
+
+def new_request_id() -> str:
+    """An id for a request that came without one: a random UUID, as Envoy's own."""
+    return str(uuid.uuid4())
+
+
+class Call:
+    """One stream: performs what its exchange commands.
+
+    Attributes:
+        exchange: the core's side of it.
+        returning: whether this server is giving the stream back to Envoy.
+    """
+
+    __slots__ = ("_director", "_hooks", "_in_flight", "_lease", "exchange", "returning")
+
+    def __init__(
+        self, exchange: Exchange, director: Director, in_flight: InFlight, hooks: Sequence[Hook]
+    ) -> None:
+        self.exchange = exchange
+        self.returning = False
+        self._director = director
+        self._in_flight = in_flight
+        self._hooks = hooks
+        self._lease: Lease | None = None
+
+    def receive(self, event: Event) -> Continue | Respond | None:
+        """Feeds the exchange and does what it asks for; returns the reply Envoy waits for, if there is one."""
+        reply: Continue | Respond | None = None
+        for command in self.exchange.receive(event):
+            answer = self._perform(command, event.at)
+            if answer is not None:
+                reply = answer
+        return reply
+
+    def _perform(self, command: Command, at: float) -> Continue | Respond | None:
+        match command:
+            case Continue() | Respond():
+                return command
+            case Schedule():
+                return self.receive(self._schedule(command, at))
+            case Serve():
+                if self._lease is not None:
+                    self._lease.move(command.endpoint)
+            case Finish():
+                self._finish(command)
+        return None
+
+    def _schedule(self, command: Schedule, at: float) -> Scheduled | Refused:
+        began = time.perf_counter()
+        try:
+            decision = self._director.schedule(command.request, at)
+        except GatewayError as error:
+            return Refused(at, error)
+        seconds = time.perf_counter() - began
+        self._lease = self._in_flight.acquire(decision.chosen.endpoint, command.request.model or "")
+        for hook in self._hooks:
+            hook.decided(decision, seconds)
+        return Scheduled(at, decision)
+
+    def _finish(self, command: Finish) -> None:
+        if self._lease is not None:
+            self._lease.release()
+        for hook in self._hooks:
+            try:
+                hook.finished(command.report)
+            except Exception:
+                # The outermost edge of one exchange: an exporter that fails must not keep the others from hearing.
+                log.exception("hook_failed", hook=type(hook).__name__)
+
+
+class ExternalProcessor:
+    """The service.
+
+    Args:
+        settings: for every exchange.
+        director: decides.
+        in_flight: counts.
+        hooks: are told.
+        message_unknown: called for a message of a kind not known here.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: ExchangeSettings,
+        director: Director,
+        in_flight: InFlight,
+        hooks: Sequence[Hook],
+        message_unknown: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._director = director
+        self._in_flight = in_flight
+        self._hooks = tuple(hooks)
+        self._message_unknown = message_unknown
+        self._clock = clock
+        self._live: dict[asyncio.Task[None], Call] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def handler(self) -> grpc.GenericRpcHandler[wire.ProcessingRequest, wire.ProcessingResponse]:
+        """What a gRPC server needs to serve it, under Envoy's name."""
+        method = grpc.stream_stream_rpc_method_handler(
+            self.process,
+            request_deserializer=wire.ProcessingRequest.FromString,
+            response_serializer=wire.ProcessingResponse.SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(wire.PROCESS, {"Process": method})
+
+    @property
+    def live(self) -> int:
+        """Streams open now."""
+        return len(self._live)
+
+    async def process(self, _requests: AsyncIterable[wire.ProcessingRequest], context: Context) -> None:
+        """Serves one stream."""
+        task = asyncio.current_task()
+        assert task is not None
+        exchange = Exchange(self._settings, self._director.lookup, new_request_id)
+        call = Call(exchange, self._director, self._in_flight, self._hooks)
+        self._live[task] = call
+        self._idle.clear()
+        failure: str | None = None
+        try:
+            await self._converse(call, context)
+        except asyncio.CancelledError:
+            if not call.returning:
+                raise
+            task.uncancel()
+        except grpc.aio.InternalError:
+            pass  # Envoy was gone before its reply could be sent; the same end as any other
+        except Exception as error:
+            # The outermost edge of a stream: a defect ends this exchange as an error, Envoy decides by its fail mode.
+            failure = type(error).__name__
+            log.exception("exchange_failed", request_id=exchange.record.request_id)
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+        finally:
+            del self._live[task]
+            if not self._live:
+                self._idle.set()
+            call.receive(StreamClosed(self._clock(), draining=call.returning, failure=failure))
+
+    async def _converse(self, call: Call, context: Context) -> None:
+        clock, exchange = self._clock, call.exchange
+        while exchange.state is not State.ANSWERED:
+            message: object = await context.read()
+            if not isinstance(message, wire.ProcessingRequest):  # grpc.aio.EOF
+                return
+            event = wire.decode(message, clock())
+            if event is None:
+                # Envoy waits for no reply to what it says about itself, and a reply would have no phase.
+                self._message_unknown()
+                continue
+            reply = call.receive(event)
+            if reply is not None:
+                await context.write(wire.encode(reply))
+
+    # -- drain -----------------------------------------------------------------------------------------------------
+
+    def give_back(self, *, held_only: bool) -> None:
+        """Ends streams without an error, so that Envoy carries their exchanges to their end alone.
+
+        Args:
+            held_only: only those of which nothing more is to be read; their exchanges lose nothing by it.
+        """
+        for task, call in self._live.items():
+            if not held_only or call.exchange.state is State.HELD:
+                call.returning = True
+                task.cancel()
+
+    async def drained(self) -> None:
+        """Returns when no stream is open."""
+        await self._idle.wait()

@@ -1,0 +1,219 @@
+"""Between Envoy's messages and the core's values. The only module beside `access_log` that knows protobuf.
+
+Fields are set by attribute and `.add()`: nested constructor arguments cost three times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import assert_never
+
+from envoy_extproc._proto import base_pb2, ext_proc_pb2, orca_pb2
+from envoy_extproc.exchange.commands import PASS, BodyMode, Continue, LoadReport, Phase, Respond
+from envoy_extproc.exchange.control import DESTINATION
+from envoy_extproc.exchange.events import (
+    Message,
+    RequestBody,
+    RequestHeaders,
+    RequestTrailers,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+)
+from envoy_extproc.headers import Headers
+from envoy_extproc.server import orca
+
+PROCESS = "envoy.service.ext_proc.v3.ExternalProcessor"
+"""The gRPC service's name; the messages' own package is private to this project, which the wire does not see."""
+
+ProcessingRequest = ext_proc_pb2.ProcessingRequest
+ProcessingResponse = ext_proc_pb2.ProcessingResponse
+
+_FILTER = "envoy.filters.http.ext_proc"
+_SUBSET_NAMESPACE = "envoy.lb.subset_hint"
+_SUBSET_KEY = "x-gateway-destination-endpoint-subset"
+_OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+_MODE = ext_proc_pb2.ProcessingMode
+_BODY_MODES: Mapping[BodyMode, ext_proc_pb2.ProcessingMode.BodySendMode.ValueType] = {
+    BodyMode.NONE: _MODE.NONE,
+    BodyMode.STREAMED: _MODE.STREAMED,
+    BodyMode.BUFFERED: _MODE.BUFFERED,
+}
+_NO_CONTROL = {code: None for code in (*range(0x20), 0x7F) if code != 0x09}
+
+
+def decode(message: ext_proc_pb2.ProcessingRequest, at: float) -> Message | None:
+    """The event a message stands for; None for a message of a kind not known here."""
+    decoder = _DECODERS.get(message.WhichOneof("request"))
+    return None if decoder is None else decoder(message, at)
+
+
+def encode(reply: Continue | Respond) -> ext_proc_pb2.ProcessingResponse:
+    """The message of a reply."""
+    if isinstance(reply, Respond):
+        return _immediate(reply)
+    return _READY[reply.phase] if reply is PASS[reply.phase] else _continue(reply)
+
+
+def _headers(headers: ext_proc_pb2.HttpHeaders) -> Headers:
+    # Envoy fills raw_value; others may fill value.
+    return Headers(
+        [
+            (each.key, each.raw_value.decode("utf-8", "surrogateescape") if each.raw_value else each.value)
+            for each in headers.headers.headers
+        ]
+    )
+
+
+def _request_headers(message: ext_proc_pb2.ProcessingRequest, at: float) -> RequestHeaders:
+    headers = message.request_headers
+    return RequestHeaders(at, _headers(headers), headers.end_of_stream, _subset(message))
+
+
+def _request_body(message: ext_proc_pb2.ProcessingRequest, at: float) -> RequestBody:
+    return RequestBody(at, message.request_body.body, message.request_body.end_of_stream)
+
+
+def _response_body(message: ext_proc_pb2.ProcessingRequest, at: float) -> ResponseBody:
+    return ResponseBody(at, message.response_body.body, message.response_body.end_of_stream)
+
+
+def _response_headers(message: ext_proc_pb2.ProcessingRequest, at: float) -> ResponseHeaders:
+    attributes = message.attributes[_FILTER].fields if _FILTER in message.attributes else {}
+    address = attributes["upstream.address"].string_value if "upstream.address" in attributes else ""
+    name = "upstream.request_attempt_count"
+    # Without the attribute, which a hand-written configuration may not ask for, an address means an attempt.
+    attempts = int(attributes[name].number_value) if name in attributes else int(bool(address))
+    headers = message.response_headers
+    return ResponseHeaders(at, _headers(headers), headers.end_of_stream, address or None, attempts)
+
+
+def _subset(message: ext_proc_pb2.ProcessingRequest) -> tuple[str, ...] | None:
+    """The picker protocol's subset hint, a list or a comma string; None where there is none."""
+    if not message.HasField("metadata_context"):
+        return None
+    namespaces = message.metadata_context.filter_metadata
+    if _SUBSET_NAMESPACE not in namespaces or _SUBSET_KEY not in namespaces[_SUBSET_NAMESPACE].fields:
+        return None
+    value = namespaces[_SUBSET_NAMESPACE].fields[_SUBSET_KEY]
+    if value.WhichOneof("kind") == "list_value":
+        texts = [each.string_value for each in value.list_value.values]
+    else:
+        texts = value.string_value.split(",")
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def _continue(reply: Continue) -> ext_proc_pb2.ProcessingResponse:
+    message = ProcessingResponse()
+    match reply.phase:
+        case Phase.REQUEST_HEADERS:
+            common = message.request_headers.response
+        case Phase.REQUEST_BODY:
+            common = message.request_body.response
+        case Phase.RESPONSE_HEADERS:
+            common = message.response_headers.response
+        case Phase.RESPONSE_BODY:
+            common = message.response_body.response
+        case Phase.REQUEST_TRAILERS:
+            message.request_trailers.SetInParent()
+            return message
+        case Phase.RESPONSE_TRAILERS:
+            message.response_trailers.SetInParent()
+            return message
+        case _:
+            assert_never(reply.phase)
+    common.SetInParent()
+    _fill(common, reply)
+    if reply.destination:
+        fields = message.dynamic_metadata.fields["envoy.lb"].struct_value.fields
+        fields[DESTINATION].string_value = ",".join(reply.destination)
+    if reply.request_body is not None or reply.response_body is not None:
+        _set_mode(message.mode_override, reply)
+    return message
+
+
+def _fill(common: ext_proc_pb2.CommonResponse, reply: Continue) -> None:
+    if reply.set_headers or reply.remove_headers or reply.load_report is not None:
+        mutation = common.header_mutation
+        _set_headers(mutation, reply.set_headers)
+        mutation.remove_headers.extend(reply.remove_headers)
+        if reply.load_report is not None:
+            _add_report(mutation, reply.load_report)
+    if reply.body:
+        common.body_mutation.body = reply.body
+    elif reply.body is not None:
+        common.body_mutation.clear_body = True
+    if reply.clear_route_cache:
+        common.clear_route_cache = True
+
+
+def _set_mode(mode: ext_proc_pb2.ProcessingMode, reply: Continue) -> None:
+    """An override stands for the whole mode, so what is not meant to change is said again."""
+    mode.request_body_mode = _BODY_MODES[reply.request_body or BodyMode.BUFFERED]
+    mode.response_header_mode = _MODE.SEND
+    mode.response_body_mode = _BODY_MODES[reply.response_body or BodyMode.NONE]
+    # Trailers end a body that is read, in place of a last empty message.
+    read = reply.response_body in (BodyMode.STREAMED, BodyMode.BUFFERED)
+    mode.response_trailer_mode = _MODE.SEND if read else _MODE.SKIP
+
+
+def _immediate(reply: Respond) -> ext_proc_pb2.ProcessingResponse:
+    message = ProcessingResponse()
+    immediate = message.immediate_response
+    immediate.status.code = reply.status
+    immediate.body = reply.body
+    immediate.details = reply.details
+    _set_headers(immediate.headers, reply.headers)
+    return message
+
+
+def _set_headers(mutation: ext_proc_pb2.HeaderMutation, headers: tuple[tuple[str, str], ...]) -> None:
+    for name, value in headers:
+        option = mutation.set_headers.add()
+        option.append_action = _OVERWRITE  # Envoy's default is to append
+        option.header.key = name
+        option.header.raw_value = header_value(value)
+
+
+def header_value(value: str) -> bytes:
+    """A header's value without what would end the header early: Envoy answers 500 to a newline in one."""
+    if not value.isprintable():
+        value = value.translate(_NO_CONTROL)
+    return value.encode("utf-8", "surrogateescape")
+
+
+def _add_report(mutation: ext_proc_pb2.HeaderMutation, report: LoadReport) -> None:
+    fields = orca.fields(report.candidate)
+    if report.form == "BIN":
+        value = orca.binary(_orca_message(fields))
+    else:
+        value = orca.text(fields) if report.form == "TEXT" else orca.json(fields)
+    _set_headers(mutation, (("endpoint-load-metrics", value),))
+
+
+def _orca_message(fields: Mapping[str, float]) -> bytes:
+    message = orca_pb2.OrcaLoadReport()
+    for name, value in fields.items():
+        named = name.removeprefix("named_metrics.")
+        if named != name:
+            message.named_metrics[named] = value
+        elif name == "rps_fractional":
+            message.rps_fractional = value
+        elif name == "mem_utilization":
+            message.mem_utilization = value
+    return message.SerializeToString()
+
+
+_DECODERS: Mapping[str | None, Callable[[ext_proc_pb2.ProcessingRequest, float], Message]] = {
+    "request_headers": _request_headers,
+    "request_body": _request_body,
+    "request_trailers": lambda _, at: RequestTrailers(at),
+    "response_headers": _response_headers,
+    "response_body": _response_body,
+    "response_trailers": lambda _, at: ResponseTrailers(at),
+}
+_READY: Mapping[Phase, ext_proc_pb2.ProcessingResponse] = {
+    phase: _continue(reply) for phase, reply in PASS.items()
+}
+
+__all__ = ["PROCESS", "ProcessingRequest", "ProcessingResponse", "decode", "encode"]

@@ -1,0 +1,84 @@
+"""One structured line for every exchange, with the endpoint as it was when it was chosen. No header value, no body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from envoy_extproc.exchange.report import Report
+from envoy_extproc.scheduling.interfaces import Candidate, Decision
+
+log = structlog.get_logger()
+
+
+class RequestLog:
+    """Writes the line."""
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        """See `Hook`: the decision is part of the exchange's line."""
+
+    def finished(self, report: Report) -> None:
+        """See `Hook`."""
+        log.info("request", **fields(report))
+
+
+def fields(report: Report) -> dict[str, Any]:
+    """The line's fields; names are OpenTelemetry's where it has one, durations are seconds."""
+    served = report.served_by
+    line: dict[str, Any] = {
+        "request_id": report.request_id,
+        "path": report.path[:256],
+        "gen_ai.operation.name": report.operation,
+        "gen_ai.request.model": None if report.model is None else report.model[:256],
+        "status": report.status,
+        "outcome": report.outcome,
+        "error.type": report.error_type,
+        "error": report.error,
+        "pod": None if served is None else served.name,
+        "address": report.served_address,
+        "attempts": report.attempts,
+        "stream": report.streamed,
+        "gen_ai.usage.input_tokens": report.usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": report.usage.completion_tokens,
+        "cached_tokens": report.usage.cached_tokens,
+        "usage_source": report.usage_source,
+        "duration": round(report.duration, 6),
+        "ttft": _rounded(report.time_to_first_token),
+        "tpot": _rounded(report.time_per_output_token),
+    }
+    if report.decision is not None:
+        line |= _decision(report.decision)
+    odd = {
+        "unread": report.unread,
+        "oversized_events": report.oversized_events,
+        "unreadable_events": report.unreadable_events,
+        "unexpected_messages": report.unexpected_messages,
+    }
+    return line | {name: value for name, value in odd.items() if value}
+
+
+def _decision(decision: Decision) -> dict[str, Any]:
+    return {
+        "policy": decision.decided_by,
+        "policy_asked": decision.policy,
+        "policy_fallback": decision.fallback_reason,
+        "chosen": decision.chosen.endpoint.name,
+        "candidates": len(decision.candidates),
+        "endpoint": _state(decision.chosen),
+    }
+
+
+def _state(candidate: Candidate) -> dict[str, Any]:
+    state: dict[str, Any] = {"in_flight": candidate.in_flight}
+    if candidate.stats is not None:
+        state |= {
+            "running": candidate.stats.running,
+            "waiting": candidate.stats.waiting,
+            "kv_cache_usage": candidate.stats.kv_cache_usage,
+        }
+    return state
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

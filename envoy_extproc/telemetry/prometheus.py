@@ -1,0 +1,179 @@
+"""Prometheus metrics, read off `Report` and `Decision`.
+
+Label sets are bounded: a model is a label only if discovery knows it, an endpoint only while exchanges are on it.
+Buckets of the gen_ai histograms are OpenTelemetry's advice (semantic conventions for generative AI metrics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from envoy_extproc.exchange.report import Report
+from envoy_extproc.scheduling.interfaces import Decision
+
+UNKNOWN_MODEL = "unknown"
+"""The label of requests that name no model discovery knows."""
+
+_DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300, 900)
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60)
+_TPOT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+_DECISION = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1)
+
+InFlightRows = Callable[[], Iterable[tuple[str, str, int]]]
+"""(model, endpoint's name, exchanges) of all that have any."""
+
+
+class _InFlightCollector(Collector):
+    """Reads the counts when it is asked, so there is no second copy of them to go wrong."""
+
+    def __init__(self, rows: InFlightRows) -> None:
+        self._rows = rows
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauge."""
+        gauge = GaugeMetricFamily(
+            "envoy_extproc_in_flight_requests",
+            "Exchanges under way on an endpoint, as this server counts them.",
+            labels=["model", "endpoint"],
+        )
+        for model, endpoint, count in self._rows():
+            gauge.add_metric([model, endpoint], count)
+        yield gauge
+
+
+class PrometheusMetrics:
+    """The metrics of one server.
+
+    Args:
+        in_flight: what the in-flight gauge shows.
+
+    Attributes:
+        registry: all of them, for the exposition.
+    """
+
+    def __init__(self, in_flight: InFlightRows) -> None:
+        self.registry = registry = CollectorRegistry(auto_describe=True)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+        registry.register(_InFlightCollector(in_flight))
+        by_model = ["gen_ai_operation_name", "gen_ai_request_model"]
+        self._duration = Histogram(
+            "gen_ai_server_request_duration_seconds",
+            "From the request's headers to the end of the answer.",
+            by_model,
+            buckets=_DURATION,
+            registry=registry,
+        )
+        self._ttft = Histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "From the request's headers to the first content, reasoning or tool call of a stream.",
+            by_model,
+            buckets=_TTFT,
+            registry=registry,
+        )
+        self._tpot = Histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Between two tokens of a stream, the first one apart.",
+            by_model,
+            buckets=_TPOT,
+            registry=registry,
+        )
+        self._tokens = Histogram(
+            "gen_ai_client_token_usage",
+            "Tokens of a request.",
+            [*by_model, "gen_ai_token_type"],
+            buckets=_TOKENS,
+            registry=registry,
+        )
+        self._decision = Histogram(
+            "envoy_extproc_decision_seconds",
+            "What choosing an endpoint took.",
+            ["policy"],
+            buckets=_DECISION,
+            registry=registry,
+        )
+        self._requests = self._counter("requests", "Exchanges, by how they ended.", "model", "outcome")
+        self._errors = self._counter(
+            "errors", "Exchanges that failed, by whose fault.", "model", "error_type"
+        )
+        self._fallbacks = self._counter(
+            "policy_fallbacks", "Decisions another policy had to make.", "policy", "reason"
+        )
+        self._usage = self._counter("usage", "Exchanges, by how their tokens are known.", "usage_source")
+        self._bypassed = self._counter("bypassed_requests", "Requests Envoy served without this server.")
+        self._retries = self._counter("retries", "Pods asked in vain before another one answered.", "model")
+        self._unread = self._counter("unread_responses", "Answers that could not be read.", "reason")
+        self._oversized = self._counter("oversized_events", "Events or bodies too large to be parsed.")
+        self._unreadable = self._counter("unreadable_events", "Events or bodies of no known shape.")
+        self._unexpected = self._counter(
+            "unexpected_messages", "Messages of Envoy's that should not have come."
+        )
+        self._unknown = self._counter("unknown_messages", "Messages of Envoy's of a kind not known.")
+        self._scrapes = self._counter("scrape_failures", "Scrapes of an engine that failed.", "endpoint")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"envoy_extproc_{name}", text, labels, registry=self.registry)
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        """See `Hook`."""
+        self._decision.labels(decision.policy).observe(seconds)
+        if decision.fallback_reason is not None:
+            self._fallbacks.labels(decision.policy, decision.fallback_reason).inc()
+
+    def finished(self, report: Report) -> None:
+        """See `Hook`."""
+        model = report.model if report.model is not None and report.decision is not None else UNKNOWN_MODEL
+        self._requests.labels(model, report.outcome).inc()
+        if report.error_type is not None:
+            self._errors.labels(model, report.error_type).inc()
+        if report.attempts > 1:
+            self._retries.labels(model).inc(report.attempts - 1)
+        self._usage.labels(report.usage_source).inc()
+        self._measure(report, model)
+        self._count_oddities(report)
+
+    def message_unknown(self) -> None:
+        """A message of a kind not known came."""
+        self._unknown.inc()
+
+    def scrape_failed(self, endpoint: str) -> None:
+        """A scrape of the endpoint of that name failed."""
+        self._scrapes.labels(endpoint).inc()
+
+    def bypassed(self, requests: int) -> None:
+        """So many requests were served by Envoy alone."""
+        self._bypassed.inc(requests)
+
+    def forget_endpoints(self, names: Iterable[str]) -> None:
+        """Endpoints that left are labels no more."""
+        for name in names:
+            self._scrapes.remove_by_labels({"endpoint": name})
+
+    def _measure(self, report: Report, model: str) -> None:
+        labels = (report.operation or "other", model)
+        self._duration.labels(*labels).observe(report.duration)
+        if report.time_to_first_token is not None:
+            self._ttft.labels(*labels).observe(report.time_to_first_token)
+        if report.time_per_output_token is not None:
+            self._tpot.labels(*labels).observe(report.time_per_output_token)
+        if report.usage_source != "none":
+            self._tokens.labels(*labels, "input").observe(report.usage.prompt_tokens)
+            self._tokens.labels(*labels, "output").observe(report.usage.completion_tokens)
+
+    def _count_oddities(self, report: Report) -> None:
+        if report.unread is not None:
+            self._unread.labels(report.unread).inc()
+        if report.oversized_events:
+            self._oversized.inc(report.oversized_events)
+        if report.unreadable_events:
+            self._unreadable.inc(report.unreadable_events)
+        if report.unexpected_messages:
+            self._unexpected.inc(report.unexpected_messages)
