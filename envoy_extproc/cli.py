@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,8 +14,10 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 import structlog
 import typer
+from rich.console import Console
 
 from envoy_extproc import __version__
+from envoy_extproc.demo_tables import DemoTables
 from envoy_extproc.discovery.parse import EndpointError
 from envoy_extproc.discovery.static import load as load_endpoint_file
 from envoy_extproc.endpoints import Endpoint
@@ -24,8 +27,10 @@ from envoy_extproc.scheduling.registry import POLICIES
 from envoy_extproc.server.app import App, static_endpoints
 from envoy_extproc.settings import Settings, SettingsError
 from envoy_extproc.settings import load as load_settings
+from envoy_extproc.simulation.demo import run as run_demo
 from envoy_extproc.simulation.engine import run_engine
 from envoy_extproc.simulation.options import EngineOptions
+from envoy_extproc.simulation.stack import StackError
 
 cli = typer.Typer(
     add_completion=False,
@@ -93,6 +98,36 @@ def engine(
         _run(_engine(options))
     except OSError as error:
         _fail(str(error))
+
+
+@cli.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Exit 0 after the traffic.")] = False,
+    engine_url: Annotated[
+        list[str] | None, typer.Option("--engine", metavar="URL", help="A real engine; repeatable.")
+    ] = None,
+) -> None:
+    """Real Envoy, engines and this server on one machine: sends traffic and shows what happened."""
+    with tempfile.TemporaryDirectory(prefix="envoy-extproc-demo-") as directory:
+        try:
+            _run(_demo(Path(directory), tuple(engine_url or ()), once=once))
+        except StackError as error:
+            _fail(str(error))
+
+
+async def _demo(directory: Path, engines: tuple[str, ...], *, once: bool) -> None:
+    stop = asyncio.Event()
+    if once:
+        stop.set()
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await run_demo(DemoTables(Console(), once=once), directory, engines=engines, stop=stop)
+    except asyncio.CancelledError:
+        typer.echo("\nstopped")
 
 
 @config.command("check")
@@ -180,7 +215,7 @@ def _endpoints(settings: Settings) -> tuple[Endpoint, ...]:
     source = settings.discovery.static
     try:
         if source is not None and source.file is not None:
-            return load_endpoint_file(source.file, engines=DIALECTS).endpoints
+            return load_endpoint_file(source.file, engines=DIALECTS.keys()).endpoints
         return static_endpoints(settings)
     except EndpointError as error:
         _fail(str(error))

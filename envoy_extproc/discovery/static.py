@@ -182,8 +182,8 @@ def _check_depth(text: bytes) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
-            problem = f"nested more than {_MAX_DEPTH} deep"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            mark: Any = event.start_mark  # the C loader has a Mark class of its own, with the same fields
+            raise yaml.MarkedYAMLError(problem=f"nested more than {_MAX_DEPTH} deep", problem_mark=mark)
 
 
 def _line(node: yaml.Node | None, path: Path) -> int | None:

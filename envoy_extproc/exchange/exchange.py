@@ -184,8 +184,7 @@ class Exchange:
         if length is not None and length > self._settings.max_body_bytes:
             return self._refuse(self._too_large())
         self.state = State.AWAIT_REQUEST_BODY
-        mode = BodyMode.STREAMED if self._settings.accounting else None
-        return (Continue(phase=Phase.REQUEST_HEADERS, response_body=mode),)
+        return (PASS[Phase.REQUEST_HEADERS],)
 
     def request_body(self, event: RequestBody) -> Sequence[Command]:
         """The whole body: reads it, and asks the engine for usage in it where the client did not."""
@@ -290,7 +289,7 @@ class Exchange:
         reply = Continue(
             phase=Phase.RESPONSE_HEADERS,
             set_headers=self._answer_headers(),
-            remove_headers=tuple(name for name in _ENGINE_REPORT if name in event.headers),
+            remove_headers=self._answer_removals(event.headers),
             response_body=mode,
             load_report=self._load_report(),
         )
@@ -306,7 +305,11 @@ class Exchange:
         return () if record.served_by == record.decision.chosen.endpoint else (Serve(record.served_by),)
 
     def _start_reading(self, event: ResponseHeaders) -> BodyMode | None:
-        """Sets up the reader if there is something to read; returns how the body is to come."""
+        """Sets up the reader if there is something to read; returns how the body is to come.
+
+        The mode is decided here and not with the request, where it could be too: only here it is known what comes,
+        and Envoy takes the `content-length` off an answer that it is to stream before it shows us the headers.
+        """
         record = self.record
         if record.inference is None or not self._settings.accounting:
             return None
@@ -346,6 +349,12 @@ class Exchange:
             name = record.served_address if record.served_by is None else record.served_by.name
             headers += [("target-pod", name), ("target-pod-ip", record.served_address)]
         return tuple(headers)
+
+    def _answer_removals(self, headers: Headers) -> tuple[str, ...]:
+        """An engine's own ORCA report is for us; a length does not hold for a stream that loses an event."""
+        rewritten = self._hide_usage and self.record.streamed and self._reader is not None
+        names = (*_ENGINE_REPORT, "content-length") if rewritten else _ENGINE_REPORT
+        return tuple(name for name in names if name in headers)
 
     def _load_report(self) -> LoadReport | None:
         form = control.load_report_form(self._headers)

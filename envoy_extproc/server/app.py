@@ -6,15 +6,16 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import structlog
 from aiohttp import web
 
+from envoy_extproc.discovery import Discovery
 from envoy_extproc.discovery.parse import parse_endpoints
 from envoy_extproc.discovery.static import FileDiscovery, StaticDiscovery
-from envoy_extproc.endpoints import Endpoint, Snapshot
+from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.engines.dialects import DIALECTS
 from envoy_extproc.engines.scraper import Scraper, ScrapeSettings
 from envoy_extproc.exchange.exchange import ExchangeSettings
@@ -32,13 +33,6 @@ log = structlog.get_logger()
 
 _STOP_GRACE_SECONDS = 5.0
 """For streams that end while the server stops. 0 would reset them, and Envoy then cuts its clients off."""
-
-
-class Discovery(Protocol):
-    """Yields the whole of who may be chosen, again at every change."""
-
-    def snapshots(self) -> AsyncIterator[Snapshot]:
-        """The first one soon, then for ever."""
 
 
 class App:
@@ -169,13 +163,13 @@ def static_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
     source = settings.discovery.static
     if source is None or source.endpoints is None:
         return ()
-    return parse_endpoints({"endpoints": [dict(each) for each in source.endpoints]}, engines=DIALECTS)
+    return parse_endpoints({"endpoints": [dict(each) for each in source.endpoints]}, engines=DIALECTS.keys())
 
 
 def _discovery(settings: Settings) -> Discovery:
     source = settings.discovery.static
     if source is not None and source.file is not None:
-        return FileDiscovery(source.file, engines=DIALECTS)
+        return FileDiscovery(source.file, engines=DIALECTS.keys())
     return StaticDiscovery(static_endpoints(settings))
 
 
