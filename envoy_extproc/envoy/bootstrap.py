@@ -124,6 +124,7 @@ def _listener(options: BootstrapOptions) -> Json:
         "local_reply_config": {"mappers": [_mapper(*each) for each in _MESSAGES]},
         "route_config": _routes(options),
         "http_filters": [_ext_proc_filter(options), _router()],
+        "access_log": [_access_log()],
     }
     chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
     return {
@@ -175,6 +176,23 @@ def _mapper(condition: str, status: int | None, message: str, kind: str, code: s
     return mapper if status is None else mapper | {"status_code": status}
 
 
+def _access_log() -> Json:
+    """One entry for each request that reached a pod, to the same server: how it learns of requests it never saw."""
+    return {
+        "name": "envoy.access_loggers.http_grpc",
+        "typed_config": {
+            "@type": _TYPE + "extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
+            "common_config": {
+                "log_name": "envoy_extproc",
+                "transport_api_version": "V3",
+                "grpc_service": {"envoy_grpc": {"cluster_name": "ext_proc"}},
+                "buffer_flush_interval": "0.1s",
+                "buffer_size_bytes": 65_536,
+            },
+        },
+    }
+
+
 def _routes(options: BootstrapOptions) -> Json:
     route = {
         "cluster": "pods",
@@ -223,11 +241,15 @@ def _ext_proc_filter(options: BootstrapOptions) -> Json:
                 "request_trailer_mode": "SKIP",
                 "response_trailer_mode": "SKIP",
             },
-            "response_attributes": ["upstream.address", "upstream.request_attempt_count"],
+            "response_attributes": [
+                "upstream.address",
+                "upstream.request_attempt_count",
+                "response.code_details",
+            ],
             "mutation_rules": {"allow_all_routing": False, "allow_envoy": False},
             "metadata_options": {
                 "forwarding_namespaces": {"untyped": ["envoy.lb.subset_hint"]},
-                "receiving_namespaces": {"untyped": ["envoy.lb"]},
+                "receiving_namespaces": {"untyped": ["envoy.lb", "envoy_extproc"]},
             },
         },
     }

@@ -42,6 +42,7 @@ class ResponseHeaders(msgspec.Struct, frozen=True):
     Attributes:
         upstream: ``upstream.address``, who answered; None where Envoy answered itself.
         attempts: ``upstream.request_attempt_count``; 0 where no pod was asked.
+        local_reply: Envoy's ``response.code_details`` where it answered itself; None where a pod did.
     """
 
     at: float
@@ -49,6 +50,7 @@ class ResponseHeaders(msgspec.Struct, frozen=True):
     end_of_stream: bool
     upstream: str | None = None
     attempts: int = 1
+    local_reply: str | None = None
 
 
 class ResponseBody(msgspec.Struct, frozen=True):

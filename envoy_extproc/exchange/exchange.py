@@ -281,9 +281,9 @@ class Exchange:
         record = self.record
         record.status = _status(event.headers)
         record.attempts = event.attempts
-        record.local_reply = event.upstream is None or event.attempts == 0
+        record.local_reply = event.local_reply
         record.answer_ended = event.end_of_stream
-        moved = () if event.upstream is None or record.local_reply else self._served(event.upstream)
+        moved = () if event.upstream is None else self._served(event.upstream)
         mode = self._start_reading(event)
         self.state = State.HELD if self._reader is None else State.AWAIT_RESPONSE_BODY
         reply = Continue(
@@ -313,7 +313,7 @@ class Exchange:
         record = self.record
         if record.inference is None or not self._settings.accounting:
             return None
-        good = record.status is not None and record.status < 300 and not record.local_reply
+        good = record.status is not None and record.status < 300 and record.local_reply is None
         if not good or event.end_of_stream:
             return BodyMode.NONE
         content_type = (event.headers.get("content-type") or "").partition(";")[0].strip().lower()

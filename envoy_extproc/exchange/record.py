@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.errors import ErrorType, GatewayError
 from envoy_extproc.exchange.events import StreamClosed
@@ -19,7 +21,7 @@ class Record:
     Attributes:
         started: when the request's headers came; None until then.
         refusal: the error this server answered with.
-        local_reply: whether Envoy answered, not a pod.
+        local_reply: Envoy's word for why it answered itself; None where a pod did.
         answer_ended: whether the end of the answer came.
         seen: what was read of the answer; None where nothing was to be read.
     """
@@ -57,7 +59,7 @@ class Record:
         self.decision: Decision | None = None
         self.refusal: GatewayError | None = None
         self.status: int | None = None
-        self.local_reply = False
+        self.local_reply: str | None = None
         self.attempts = 0
         self.served_by: Endpoint | None = None
         self.served_address: str | None = None
@@ -123,8 +125,12 @@ class Record:
             if early is not None:
                 return early
         if self.status is not None and self.status >= 400:
-            if self.local_reply:
-                return "error", fault_of_envoy(self.status), f"envoy-{self.status}"
+            if self.local_reply is not None:
+                return (
+                    "error",
+                    fault_of_envoy(self.status),
+                    first_word(self.local_reply) or f"envoy-{self.status}",
+                )
             return "error", fault_of(self.status), f"status-{self.status}"
         return self._verdict_on_answer()
 
@@ -162,6 +168,11 @@ def fault_of(status: int) -> ErrorType:
 def fault_of_envoy(status: int) -> ErrorType:
     """Whose fault it is when Envoy answers by itself: below 500 the client's, else no pod could be reached."""
     return "client" if status < 500 else "network"
+
+
+def first_word(details: str) -> str:
+    """Envoy's response code details without what it says in braces, which has no bound."""
+    return re.split(r"[^a-z0-9_]", details[:64])[0]
 
 
 def time_per_output_token(first: float | None, last: float | None, tokens: int) -> float | None:

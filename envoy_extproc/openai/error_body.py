@@ -9,5 +9,6 @@ from envoy_extproc.errors import GatewayError
 
 def error_body(error: GatewayError) -> bytes:
     """``{"error": {"message", "type", "param", "code"}}`` in JSON."""
-    shape = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    message = error.message.encode("utf-8", "replace").decode()  # a header it quotes may hold other bytes
+    shape = {"message": message, "type": error.type, "param": error.param, "code": error.code}
     return msgspec.json.encode({"error": shape})

@@ -33,13 +33,15 @@ def decode(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
         raise
     except RecursionError as error:
         raise Malformed("JSON is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise Malformed("JSON is not UTF-8") from error
     except Malformed as error:
         return _second_opinion(decoder, text, error)
 
 
 def _second_opinion(decoder: msgspec.json.Decoder[T], text: bytes, first: msgspec.DecodeError) -> T:
     try:
-        value = json.loads(text.decode(), parse_constant=lambda _: None)
+        value = json.loads(text.decode("utf-8-sig"), parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         raise first from None
     return decoder.decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))

@@ -49,7 +49,8 @@ class Decoder:
     def feed(self, data: bytes) -> list[bytes]:
         """The events, or pieces of oversized ones, that `data` completes."""
         end = data.find(b"\n\n") + 2
-        if end == len(data) <= self._limit and not self._buffer and not self._skipping and b"\r" not in data:
+        alone = 1 < end == len(data) <= self._limit  # 1: there is no empty line
+        if alone and not self._buffer and not self._skipping and b"\r" not in data:
             return [data]  # one event a read, as engines write them
         self._buffer = self._buffer + data if self._buffer else data
         return self._cut()
@@ -100,7 +101,7 @@ class Decoder:
 
 def data_of(event: bytes) -> bytes:
     """The event's ``data``: of several ``data`` lines joined with LF, comments and other fields left out."""
-    if event[:6] == b"data: " and event.find(b"\n", 6) == len(event) - 2 and event[-3:-2] != b"\r":
+    if event[:6] == b"data: " and event.find(b"\n", 6) == len(event) - 2 and b"\r" not in event:
         return event[6:-2]
     lines = [line[5:] for line in event.lstrip(b"\xef\xbb\xbf").splitlines() if line.startswith(b"data:")]
     return b"\n".join(line[1:] if line[:1] == b" " else line for line in lines)

@@ -20,6 +20,7 @@ from envoy_extproc.engines.dialects import DIALECTS
 from envoy_extproc.engines.scraper import Scraper, ScrapeSettings
 from envoy_extproc.exchange.exchange import ExchangeSettings
 from envoy_extproc.scheduling import registry
+from envoy_extproc.server.access_log import AccessLog
 from envoy_extproc.server.admin import Admin
 from envoy_extproc.server.director import Director, RoutingRules
 from envoy_extproc.server.health import Health
@@ -70,6 +71,7 @@ class App:
             hooks=(self._metrics, RequestLog()),
             message_unknown=self._metrics.message_unknown,
         )
+        self._access_log = AccessLog(self._metrics.bypassed)
         self._health = Health()
         self._admin = Admin(
             registry=self._metrics.registry,
@@ -125,7 +127,7 @@ class App:
     async def _grpc(self) -> AsyncIterator[grpc.aio.Server]:
         settings = self._settings.server
         server = grpc.aio.server(options=list(_grpc_options(settings.max_body_bytes)))
-        server.add_generic_rpc_handlers((self._processor.handler(),))
+        server.add_generic_rpc_handlers((self._processor.handler(), self._access_log.handler()))
         self._health.add_to(server)
         await self._health.start()
         self.ext_proc_port = _bind(server, settings.listen)

@@ -26,10 +26,14 @@ from envoy_extproc.server import orca
 PROCESS = "envoy.service.ext_proc.v3.ExternalProcessor"
 """The gRPC service's name; the messages' own package is private to this project, which the wire does not see."""
 
+METADATA = "envoy_extproc"
+"""Namespace of dynamic metadata by which an access-log entry shows that a request came by here."""
+
 ProcessingRequest = ext_proc_pb2.ProcessingRequest
 ProcessingResponse = ext_proc_pb2.ProcessingResponse
 
 _FILTER = "envoy.filters.http.ext_proc"
+_VIA_UPSTREAM = "via_upstream"  # response.code_details of an answer that a pod gave
 _SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 _SUBSET_KEY = "x-gateway-destination-endpoint-subset"
 _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
@@ -84,8 +88,14 @@ def _response_headers(message: ext_proc_pb2.ProcessingRequest, at: float) -> Res
     name = "upstream.request_attempt_count"
     # Without the attribute, which a hand-written configuration may not ask for, an address means an attempt.
     attempts = int(attributes[name].number_value) if name in attributes else int(bool(address))
+    details = (
+        attributes["response.code_details"].string_value if "response.code_details" in attributes else ""
+    )
+    local = details if details != _VIA_UPSTREAM and (details or not attempts) else None
     headers = message.response_headers
-    return ResponseHeaders(at, _headers(headers), headers.end_of_stream, address or None, attempts)
+    # After connections that failed, Envoy still names the last address it tried: nobody answered from there.
+    served_by = None if local is not None else address or None
+    return ResponseHeaders(at, _headers(headers), headers.end_of_stream, served_by, attempts, local)
 
 
 def _subset(message: ext_proc_pb2.ProcessingRequest) -> tuple[str, ...] | None:
@@ -125,8 +135,10 @@ def _continue(reply: Continue) -> ext_proc_pb2.ProcessingResponse:
     common.SetInParent()
     _fill(common, reply)
     if reply.destination:
-        fields = message.dynamic_metadata.fields["envoy.lb"].struct_value.fields
-        fields[DESTINATION].string_value = ",".join(reply.destination)
+        namespaces = message.dynamic_metadata.fields
+        destination = namespaces["envoy.lb"].struct_value.fields[DESTINATION]
+        destination.string_value = ",".join(reply.destination)
+        namespaces[METADATA].struct_value.fields["v"].number_value = 1
     if reply.request_body is not None or reply.response_body is not None:
         _set_mode(message.mode_override, reply)
     return message
@@ -216,4 +228,4 @@ _READY: Mapping[Phase, ext_proc_pb2.ProcessingResponse] = {
     phase: _continue(reply) for phase, reply in PASS.items()
 }
 
-__all__ = ["PROCESS", "ProcessingRequest", "ProcessingResponse", "decode", "encode"]
+__all__ = ["METADATA", "PROCESS", "ProcessingRequest", "ProcessingResponse", "decode", "encode"]

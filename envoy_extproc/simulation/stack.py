@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -56,6 +56,7 @@ class Stack:
         config: further sections of the configuration; they win over what stands here.
         servers: ext_proc processes.
         workers: Envoy's worker threads.
+        edit: changes the printed bootstrap before Envoy reads it.
 
     Attributes:
         envoy: Envoy's process.
@@ -70,9 +71,11 @@ class Stack:
         config: Mapping[str, Mapping[str, Any]] | None = None,
         servers: int = 1,
         workers: int = 1,
+        edit: Callable[[str], str] | None = None,
     ) -> None:
         self._directory = directory
         self._workers = workers
+        self._edit = edit or (lambda text: text)
         self.server_ports = [free_port() for _ in range(servers)]
         self.admin_ports = [free_port() for _ in range(servers)]
         self.port = free_port()
@@ -176,7 +179,8 @@ class Stack:
             *(sys.executable, "-m", "envoy_extproc", "config", "envoy", "-c", str(self.config_file())),
             stdout=asyncio.subprocess.PIPE,
         )
-        bootstrap.write_bytes((await printed.communicate())[0])
+        text, _ = await printed.communicate()
+        bootstrap.write_text(self._edit(text.decode()), encoding="utf-8")
         with self._log("envoy").open("ab") as log:
             self.envoy = await asyncio.create_subprocess_exec(
                 *(str(envoy_binary()), "-c", str(bootstrap), "--concurrency", str(self._workers)),

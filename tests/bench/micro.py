@@ -1,0 +1,120 @@
+"""What single steps cost inside this process: no Envoy, no gRPC, no event loop."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import timeit
+from collections.abc import Callable, Iterator
+
+from envoy_extproc.endpoints import Endpoint, EngineState, EngineStats, Snapshot
+from envoy_extproc.exchange.events import (
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    Scheduled,
+)
+from envoy_extproc.exchange.exchange import Exchange, ExchangeSettings
+from envoy_extproc.headers import Headers
+from envoy_extproc.openai import request, routes
+from envoy_extproc.scheduling import registry
+from envoy_extproc.scheduling.interfaces import SchedulingRequest
+from envoy_extproc.server import wire
+from envoy_extproc.server.director import Director, RoutingRules
+from tests.bench.client import Load, body
+from tests.bench.engine import MODEL, token
+
+_REPEATS = 5
+_SECONDS = 0.15  # of one repeat
+
+_STREAM = body(Load(kind="closed-loop", tokens=128))
+_PLAIN = token(" Option")
+_NULL_USAGE = token(" Option", ',"usage":null')
+
+
+def figures() -> Iterator[tuple[str, float]]:
+    """Name and microseconds of each."""
+    for name, event in (("plain event", _PLAIN), ('event with "usage":null', _NULL_USAGE)):
+        yield f"core + SSE, {name}", _core(event)
+        yield f"wire decode + encode, {name}", _wire(event, whole=False)
+        yield f"parse, decode, core, encode, serialise, {name}", _wire(event, whole=True)
+    yield "request body of 2 KB, decode + rewrite", _rewrite()
+    for count in (8, 100):
+        yield f"Director.schedule, {count} endpoints", _schedule(count)
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Median of a few repeats."""
+    timer = timeit.Timer(call)
+    once = max(timer.timeit(100) / 100, 1e-8)
+    number = int(_SECONDS / once) + 1
+    return statistics.median(timer.repeat(_REPEATS, number)) / number * 1e6
+
+
+def _director(count: int) -> Director:
+    endpoints = [
+        Endpoint(name=f"pod-{number}", address=f"10.0.{number // 250}.{number % 250}:8000", models=(MODEL,))
+        for number in range(count)
+    ]
+    stats = EngineStats(at=0.0, running=3.0, waiting=0.0, kv_cache_usage=0.125)
+    director = Director(
+        profiles=registry.build(),
+        rules=RoutingRules(),
+        in_flight={endpoint.address: number % 3 for number, endpoint in enumerate(endpoints)}.__getitem__,
+        states={endpoint.address: EngineState(stats=stats) for endpoint in endpoints},
+        rng=random.Random(1),
+    )
+    director.update(Snapshot(endpoints))
+    return director
+
+
+def _reading() -> Exchange:
+    """An exchange in the middle of a stream from which usage is hidden."""
+    director = _director(8)
+    exchange = Exchange(ExchangeSettings(), director.lookup, lambda: "id")
+    asked = Headers([(":method", "POST"), (":path", "/v1/chat/completions"), ("x-request-id", "id")])
+    exchange.receive(RequestHeaders(0.0, asked, False))
+    exchange.receive(RequestBody(0.0, _STREAM, True))
+    decision = director.schedule(SchedulingRequest(model=MODEL), 0.0)
+    exchange.receive(Scheduled(0.0, decision))
+    answered = Headers([(":status", "200"), ("content-type", "text/event-stream; charset=utf-8")])
+    exchange.receive(ResponseHeaders(0.0, answered, False, decision.order[0].address))
+    return exchange
+
+
+def _core(data: bytes) -> float:
+    exchange, event = _reading(), ResponseBody(0.0, data, False)
+    return microseconds(lambda: exchange.receive(event))
+
+
+def _wire(data: bytes, *, whole: bool) -> float:
+    exchange = _reading()
+    message = wire.ProcessingRequest()
+    message.response_body.body = data
+    received = message.SerializeToString()
+    event = wire.decode(message, 0.0)
+    assert event is not None
+    (reply,) = exchange.receive(event)
+
+    def alone() -> None:
+        wire.decode(message, 0.0)
+        wire.encode(reply)  # type: ignore[arg-type]
+
+    def all_of_it() -> bytes:
+        event = wire.decode(wire.ProcessingRequest.FromString(received), 0.0)
+        (reply,) = exchange.receive(event)  # type: ignore[arg-type]
+        return wire.encode(reply).SerializeToString()  # type: ignore[arg-type]
+
+    return microseconds(all_of_it if whole else alone)
+
+
+def _rewrite() -> float:
+    route = routes.find("/v1/chat/completions")
+    assert route is not None
+    return microseconds(lambda: request.ask_for_usage(_STREAM, request.decode(_STREAM, route)))
+
+
+def _schedule(count: int) -> float:
+    director, wanted = _director(count), SchedulingRequest(model=MODEL)
+    return microseconds(lambda: director.schedule(wanted, 0.0))

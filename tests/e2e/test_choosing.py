@@ -1,0 +1,166 @@
+"""The pod is chosen by live load; what is dead is passed over; who may be chosen can change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+import pytest
+import yaml
+
+from envoy_extproc.simulation.stack import free_port
+from tests.support.gateway import MODEL, Gateway, chat, eventually, fast_engines, new_id
+
+CHAT = "/v1/chat/completions"
+
+
+async def served_by(http: aiohttp.ClientSession, **headers: str) -> str:
+    async with http.post(CHAT, json=chat(max_tokens=1), headers=headers) as answer:
+        assert answer.status == 200, await answer.text()
+        return str(answer.headers["target-pod"])
+
+
+async def test_least_request_avoids_the_busy_pod(directory: Path) -> None:
+    async with fast_engines(2) as engines, Gateway(directory, engines=engines) as gateway:
+        async with aiohttp.ClientSession(gateway.url) as http:
+            hanging = await http.post(CHAT, json=chat(stream=True), headers={"x-simulate": "hang=1"})
+            busy = hanging.headers["target-pod"]
+            others = [await served_by(http) for _ in range(6)]
+            hanging.close()
+            assert busy not in others
+
+
+async def test_streams_spread_evenly(directory: Path) -> None:
+    async with fast_engines(3) as engines, Gateway(directory, engines=engines) as gateway:
+        async with aiohttp.ClientSession(gateway.url, connector=aiohttp.TCPConnector(limit=0)) as http:
+            asked = [
+                http.post(CHAT, json=chat(stream=True), headers={"x-simulate": "hang=1"}) for _ in range(30)
+            ]
+            answers = await asyncio.gather(*asked)
+            spread = Counter(answer.headers["target-pod"] for answer in answers)
+            for answer in answers:
+                answer.close()
+        assert sorted(spread.values()) == [10, 10, 10]
+        await eventually(lambda: all(engine.running == 0 for engine in engines))
+
+
+async def test_least_kv_cache_follows_the_engines(directory: Path) -> None:
+    async with fast_engines(2, kv_blocks=64, tpot_seconds=0.5) as engines:
+        config = {"routing": {"policy": "least-kv-cache"}, "engines": {"scrape_interval_ms": 50}}
+        async with Gateway(directory, engines=engines, config=config) as gateway:
+            full = engines[0]
+            async with aiohttp.ClientSession() as direct, aiohttp.ClientSession(gateway.url) as http:
+                url = f"http://{full.address}{CHAT}"
+                hog = await direct.post(url, json=chat("word " * 400, stream=True, max_tokens=60))
+                await asyncio.sleep(0.4)
+                async with http.post(CHAT, json=chat(max_tokens=1)) as answer:
+                    assert answer.headers["routing-strategy"] == "least-kv-cache"
+                    assert answer.headers["target-pod"] == engines[1].options.name
+                hog.close()
+
+
+async def test_policy_without_its_data_says_so(directory: Path) -> None:
+    pods = [{"name": "mute", "address": "127.0.0.1:9", "models": [MODEL]}]
+    async with fast_engines(1) as engines:
+        async with Gateway(
+            directory,
+            engines=engines,
+            pods=pods,
+            config={
+                "routing": {"policy": "least-kv-cache"},
+                "engines": {"scrape_interval_ms": 60_000, "max_stats_age_ms": 20},
+            },
+        ) as gateway:
+            request_id = new_id()
+            async with aiohttp.ClientSession(gateway.url) as http:
+                await asyncio.sleep(0.1)
+                async with http.post(
+                    CHAT, json=chat(max_tokens=1), headers={"x-request-id": request_id}
+                ) as answer:
+                    assert answer.headers["routing-strategy"] == "least-request"
+            report = await gateway.report(request_id)
+            assert (report["policy_asked"], report["policy_fallback"]) == ("least-kv-cache", "no-stats")
+            fallbacks = await gateway.metric(
+                "envoy_extproc_policy_fallbacks_total", policy="least-kv-cache", reason="no-stats"
+            )
+            assert fallbacks == 1
+
+
+async def test_dead_pods_cost_no_request(directory: Path) -> None:
+    dead = [{"name": f"dead-{n}", "address": f"127.0.0.1:{free_port()}", "models": [MODEL]} for n in range(2)]
+    async with fast_engines(1) as engines:
+        config = {"engines": {"scrape_interval_ms": 60_000}}  # so that nobody but Envoy finds out
+        async with Gateway(directory, engines=engines, pods=dead, config=config) as gateway:
+            async with aiohttp.ClientSession(gateway.url) as http:
+                ids = [new_id() for _ in range(8)]
+                for request_id in ids:
+                    headers = {"x-request-id": request_id, "routing-strategy": "round-robin"}
+                    assert await served_by(http, **headers) == "pod-a"
+            reports = [await gateway.report(request_id) for request_id in ids]
+            assert {report["attempts"] for report in reports} == {1, 2, 3}
+            assert {report["pod"] for report in reports} == {"pod-a"}
+            assert await gateway.metric("envoy_extproc_retries_total", model=MODEL) > 0
+            assert await gateway.metric("envoy_extproc_in_flight_requests") == 0
+
+
+async def test_scraper_takes_dead_pods_out(directory: Path) -> None:
+    dead = [{"name": "dead", "address": f"127.0.0.1:{free_port()}", "models": [MODEL]}]
+    async with fast_engines(1) as engines:
+        config = {"engines": {"scrape_interval_ms": 50}}
+        async with Gateway(directory, engines=engines, pods=dead, config=config) as gateway:
+            await asyncio.sleep(0.3)
+            async with aiohttp.ClientSession(gateway.url) as http:
+                ids = [new_id() for _ in range(6)]
+                for request_id in ids:
+                    await served_by(http, **{"x-request-id": request_id, "routing-strategy": "random"})
+            assert {(await gateway.report(request_id))["attempts"] for request_id in ids} == {1}
+
+
+async def test_no_pod_answers(directory: Path) -> None:
+    dead = [{"name": "dead", "address": f"127.0.0.1:{free_port()}", "models": [MODEL]}]
+    async with Gateway(directory, pods=dead) as gateway, aiohttp.ClientSession(gateway.url) as http:
+        request_id = new_id()
+        async with http.post(CHAT, json=chat(), headers={"x-request-id": request_id}) as answer:
+            assert answer.status == 503
+            error = (await answer.json())["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        report = await gateway.report(request_id)
+        assert (report["outcome"], report["error.type"]) == ("error", "network")
+
+
+async def test_watched_file_changes_who_is_chosen(directory: Path, tmp_path: Path) -> None:
+    async with fast_engines(2) as engines:
+        rows = [{"name": e.options.name, "address": e.address, "models": [MODEL]} for e in engines]
+        path = tmp_path / "endpoints.yaml"
+        path.write_text(yaml.safe_dump({"endpoints": rows}))
+        config = {"discovery": {"static": {"file": str(path)}}}
+        async with Gateway(directory, engines=engines, config=config) as gateway:
+            async with aiohttp.ClientSession(gateway.url) as http:
+                headers = {"routing-strategy": "round-robin"}
+                assert {await served_by(http, **headers) for _ in range(4)} == {"pod-a", "pod-b"}
+                path.write_text(yaml.safe_dump({"endpoints": rows[1:]}))
+                await eventually(
+                    lambda: len([x for x in gateway.log_lines() if x["event"] == "endpoints"]) > 1
+                )
+                assert {await served_by(http, **headers) for _ in range(4)} == {"pod-b"}
+                path.write_text("endpoints: [broken")
+                await eventually(lambda: any("unusable" in x["event"] for x in gateway.log_lines()))
+                assert await served_by(http) == "pod-b"
+
+
+@pytest.mark.parametrize("pin", ["address", "ip"])
+async def test_pinning_where_it_is_allowed(directory: Path, pin: str) -> None:
+    async with fast_engines(2) as engines:
+        config = {"routing": {"allow_pinning": True}}
+        async with Gateway(directory, engines=engines, config=config) as gateway:
+            async with aiohttp.ClientSession(gateway.url) as http:
+                address = engines[1].address
+                headers = {"target-pod-ip": address if pin == "address" else address.rpartition(":")[0]}
+                pods = {await served_by(http, **headers) for _ in range(4)}
+                assert len(pods) == 1
+                assert pin == "ip" or pods == {"pod-b"}
+                for elsewhere in ("169.254.169.254:80", "127.0.0.1:1", "nonsense"):
+                    async with http.post(CHAT, json=chat(), headers={"target-pod-ip": elsewhere}) as answer:
+                        assert answer.status == 400
