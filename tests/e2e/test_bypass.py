@@ -13,9 +13,11 @@ CHAT = "/v1/chat/completions"
 
 
 def with_low_breakers(bootstrap: str) -> str:
-    """As an operator's own Envoy might have them; the default is 1,024."""
-    assert "max_requests: 1000000" in bootstrap
-    return bootstrap.replace("max_requests: 1000000", "max_requests: 5")
+    """To this server, as an operator's own Envoy might have them; the default is 1,024."""
+    pods, breaker, rest = bootstrap.rpartition("max_requests: 1000000")
+    assert breaker
+    assert "cluster_name: ext_proc" in rest
+    return f"{pods}max_requests: 5{rest}"
 
 
 async def hold(http: aiohttp.ClientSession, count: int) -> list[aiohttp.ClientResponse]:
