@@ -25,6 +25,9 @@ Json = dict[str, Any]
 _TYPE = "type.googleapis.com/envoy."
 _BREAKER = 1_000_000  # connections, requests, retries: no limit that a fleet reaches
 _WINDOW = 1_048_576
+_LOG_CLUSTER = (
+    "access_log"  # the same servers; a full breaker that lets requests past must not silence their log
+)
 _TRANSIENT = {"num_retries": 3, "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"}}
 
 _MESSAGES: Sequence[tuple[str, int | None, str, str, str | None]] = (
@@ -101,7 +104,11 @@ def as_dict(options: BootstrapOptions) -> Json:
         "admin": {"address": _address(options.admin)},
         "static_resources": {
             "listeners": [_listener(options)],
-            "clusters": [_pods(options), _ext_proc_cluster(options)],
+            "clusters": [
+                _pods(options),
+                _server_cluster(_LOG_CLUSTER, options),
+                _server_cluster("ext_proc", options),
+            ],
         },
     }
 
@@ -185,7 +192,7 @@ def _access_log() -> Json:
             "common_config": {
                 "log_name": "envoy_extproc",
                 "transport_api_version": "V3",
-                "grpc_service": {"envoy_grpc": {"cluster_name": "ext_proc"}},
+                "grpc_service": {"envoy_grpc": {"cluster_name": _LOG_CLUSTER}},
                 "buffer_flush_interval": "0.1s",
                 "buffer_size_bytes": 65_536,
             },
@@ -292,7 +299,7 @@ def _pods(options: BootstrapOptions) -> Json:
     }
 
 
-def _ext_proc_cluster(options: BootstrapOptions) -> Json:
+def _server_cluster(name: str, options: BootstrapOptions) -> Json:
     http2 = {
         "initial_stream_window_size": _WINDOW,
         "initial_connection_window_size": 16 * _WINDOW,
@@ -300,7 +307,7 @@ def _ext_proc_cluster(options: BootstrapOptions) -> Json:
         "connection_keepalive": {"interval": "30s", "timeout": "5s"},
     }
     return {
-        "name": "ext_proc",
+        "name": name,
         "type": "STRICT_DNS",
         "connect_timeout": "0.25s",
         "lb_policy": "LEAST_REQUEST",
@@ -317,7 +324,7 @@ def _ext_proc_cluster(options: BootstrapOptions) -> Json:
         "typed_extension_protocol_options": _protocol_options(
             {"explicit_http_config": {"http2_protocol_options": http2}}
         ),
-        "load_assignment": _assignment("ext_proc", options.servers),
+        "load_assignment": _assignment(name, options.servers),
     }
 
 
