@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 RUN := $(VENV)/.run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench proto clean
+.PHONY: help demo test lint format bench proto docs clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,6 +24,7 @@ lint: $(DEV) ## format, rules, types, layers, generated code
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python docs/generate.py --check
 
 format: $(DEV) ## formats the code
 	$(BIN)/ruff format .
@@ -34,6 +35,9 @@ bench: $(DEV) ## CPU per request and per token against plain Envoy, in one run
 
 proto: $(DEV) ## compiles proto/ into envoy_extproc/_proto
 	$(BIN)/python proto/generate.py
+
+docs: $(DEV) ## writes the generated pages of docs/
+	$(BIN)/python docs/generate.py
 
 clean: ## forgets the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build dist

@@ -35,7 +35,9 @@ class SettingsError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", str_strip_whitespace=True, use_attribute_docstrings=True
+    )
 
 
 class Server(_Section):
@@ -125,6 +127,7 @@ class EnvoySettings(_Section):
     """What `config envoy` and `demo` write into Envoy's bootstrap."""
 
     listen: Address = "0.0.0.0:8080"
+    """Where clients connect."""
     admin: Address = "127.0.0.1:9901"
     """Envoy's admin port can stop it: loopback alone."""
     servers: tuple[Address, ...] = ()
@@ -137,7 +140,7 @@ class State(_Section):
     """Where state is kept."""
 
     redis_url: None = None
-    """Reserved: null keeps state in memory."""
+    """Reserved: only null, which keeps state in memory, is there yet."""
 
 
 class Limits(_Section):
@@ -152,9 +155,10 @@ class Auth(_Section):
 
 
 class Model(_Section):
-    """What is different for one model."""
+    """What is different for one model, under its name."""
 
     policy: str | None = None
+    """Instead of `routing.policy`; a client's `routing-strategy` still wins."""
 
 
 class Settings(BaseSettings):

@@ -128,7 +128,7 @@ class _Delta(msgspec.Struct):
     reasoning_content: str | None = None
     refusal: str | None = None
     tool_calls: list[msgspec.Raw] | None = None
-    function_call: msgspec.Raw | None = None
+    function_call: msgspec.Raw = msgspec.Raw(b"null")  # Raw makes no union
 
 
 class _Choice(msgspec.Struct):
@@ -292,7 +292,8 @@ def _text_length(choice: _Choice) -> int | None:
         return len(text)
     if delta.tool_calls:
         return sum(len(bytes(call)) for call in delta.tool_calls)
-    return None if delta.function_call is None else len(bytes(delta.function_call))
+    call = bytes(delta.function_call)
+    return None if call == b"null" else len(call)
 
 
 def engine_error(error: object) -> EngineError:

@@ -82,7 +82,10 @@ def remove(text: bytes, member: Member) -> bytes:
 def _unquoted(key: bytes) -> str:
     if b"\\" not in key:
         return key[1:-1].decode("utf-8", "replace")
-    return str(json.loads(key))
+    try:
+        return str(json.loads(key))
+    except ValueError:  # not UTF-8, or a control character: msgspec steps over both
+        return key[1:-1].decode("utf-8", "replace")
 
 
 def _value_end(text: bytes, start: int) -> int:

@@ -77,7 +77,7 @@ REPORTED = {
     "chat_stream_usage": Usage(prompt_tokens=18, completion_tokens=8, cached_tokens=0),
     "chat_stream_usage_continuous": Usage(prompt_tokens=18, completion_tokens=8, cached_tokens=0),
     "completions_stream": None,
-    "completions_stream_usage": Usage(prompt_tokens=5, completion_tokens=8, cached_tokens=0),
+    "completions_stream_usage": Usage(prompt_tokens=2, completion_tokens=8, cached_tokens=0),
 }
 
 
@@ -162,10 +162,10 @@ def read_json(pieces: Iterable[bytes], limit: int = BIG) -> Seen:
     ("name", "usage", "choices"),
     [
         ("chat", Usage(prompt_tokens=18, completion_tokens=8, cached_tokens=0), 1),
-        ("chat_logprobs", Usage(prompt_tokens=18, completion_tokens=3, cached_tokens=0), 1),
-        ("completions", Usage(prompt_tokens=5, completion_tokens=8, cached_tokens=0), 1),
-        ("completions_batch", Usage(prompt_tokens=6, completion_tokens=6, cached_tokens=0), 2),
-        ("e_embeddings", Usage(prompt_tokens=8, completion_tokens=0), 0),
+        ("chat_logprobs", Usage(prompt_tokens=18, completion_tokens=8, cached_tokens=0), 1),
+        ("completions", Usage(prompt_tokens=2, completion_tokens=8, cached_tokens=0), 1),
+        ("completions_batch", Usage(prompt_tokens=4, completion_tokens=8, cached_tokens=0), 2),
+        ("e_embeddings", Usage(prompt_tokens=4, completion_tokens=0), 0),
         ("e_embeddings_base64", Usage(prompt_tokens=4, completion_tokens=0), 0),
     ],
 )
