@@ -312,6 +312,8 @@ def _server_cluster(name: str, options: BootstrapOptions) -> Json:
         "connect_timeout": "0.25s",
         "lb_policy": "LEAST_REQUEST",
         "circuit_breakers": _breakers(),
+        # A server that drains says so, and gets no new requests while another one is ready.
+        "health_checks": [_health_check()],
         # A server that refuses or resets is left alone for a moment, so a restart costs no request.
         "outlier_detection": {
             "split_external_local_origin_errors": True,
@@ -325,6 +327,18 @@ def _server_cluster(name: str, options: BootstrapOptions) -> Json:
             {"explicit_http_config": {"http2_protocol_options": http2}}
         ),
         "load_assignment": _assignment(name, options.servers),
+    }
+
+
+def _health_check() -> Json:
+    often = "1s"
+    return {
+        "timeout": often,
+        "interval": often,
+        "no_traffic_interval": often,
+        "unhealthy_threshold": 1,
+        "healthy_threshold": 1,
+        "grpc_health_check": {"service_name": "envoy.service.ext_proc.v3.ExternalProcessor"},
     }
 
 

@@ -110,6 +110,7 @@ _PHASES: Mapping[type[Any], Phase] = {
     ResponseTrailers: Phase.RESPONSE_TRAILERS,
 }
 _PASS_BODY = (PASS[Phase.RESPONSE_BODY],)
+_NO_HEADERS = Headers()
 _ENGINE_REPORT = ("endpoint-load-metrics", "endpoint-load-metrics-bin")  # for us; a client gets ours
 
 
@@ -147,7 +148,7 @@ class Exchange:
         self._settings = settings
         self._lookup = lookup
         self._new_request_id = new_request_id
-        self._headers = Headers()
+        self._headers = _NO_HEADERS
         self._route: routes.Route | None = None
         self._subset: tuple[str, ...] | None = None
         self._awaited_phase = Phase.REQUEST_HEADERS
@@ -293,6 +294,7 @@ class Exchange:
             response_body=mode,
             load_report=self._load_report(),
         )
+        self._headers = _NO_HEADERS  # not needed for the rest of a long stream
         return (*moved, reply)
 
     def _served(self, address: str) -> Sequence[Serve]:
@@ -391,7 +393,7 @@ class Exchange:
         """However it ended. What was held back of a stream cut off is lost with it; what was seen of it is not."""
         self.state = State.CLOSED
         self._reader = None
-        self._headers = Headers()
+        self._headers = _NO_HEADERS
         return (Finish(self.record.report(event)),)
 
 

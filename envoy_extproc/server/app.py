@@ -120,8 +120,9 @@ class App:
         stopping = asyncio.ensure_future(
             server.stop(_STOP_GRACE_SECONDS)
         )  # takes no more streams from here on
-        self._processor.give_back(held_only=False)
-        await stopping
+        while not stopping.done():
+            self._processor.give_back(held_only=False)  # those that got their pod only now, too
+            await asyncio.wait([stopping], timeout=0.05)
 
     @asynccontextmanager
     async def _grpc(self) -> AsyncIterator[grpc.aio.Server]:

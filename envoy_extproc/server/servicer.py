@@ -22,9 +22,11 @@ from envoy_extproc.exchange.exchange import Exchange, ExchangeSettings, State
 from envoy_extproc.server import wire
 from envoy_extproc.server.director import Director
 from envoy_extproc.state.memory import InFlight, Lease
-from envoy_extproc.telemetry import Hook
+from envoy_extproc.telemetry import UNKNOWN_MODEL, Hook
 
 log = structlog.get_logger()
+
+_ROUTED = (State.AWAIT_RESPONSE_HEADERS, State.AWAIT_RESPONSE_BODY, State.HELD)
 
 Context = grpc.aio.ServicerContext[wire.ProcessingRequest, wire.ProcessingResponse]
 
@@ -83,7 +85,9 @@ class Call:
         except GatewayError as error:
             return Refused(at, error)
         seconds = time.perf_counter() - began
-        self._lease = self._in_flight.acquire(decision.chosen.endpoint, command.request.model or "")
+        self._lease = self._in_flight.acquire(
+            decision.chosen.endpoint, command.request.model or UNKNOWN_MODEL
+        )
         for hook in self._hooks:
             hook.decided(decision, seconds)
         return Scheduled(at, decision)
@@ -193,11 +197,14 @@ class ExternalProcessor:
     def give_back(self, *, held_only: bool) -> None:
         """Ends streams without an error, so that Envoy carries their exchanges to their end alone.
 
+        A request that has no pod yet is never among them: Envoy would send it anywhere.
+
         Args:
             held_only: only those of which nothing more is to be read; their exchanges lose nothing by it.
         """
+        states = (State.HELD,) if held_only else _ROUTED
         for task, call in self._live.items():
-            if not held_only or call.exchange.state is State.HELD:
+            if call.exchange.state in states and not call.returning:
                 call.returning = True
                 task.cancel()
 

@@ -7,6 +7,9 @@ from typing import Protocol
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.scheduling.interfaces import Decision
 
+UNKNOWN_MODEL = "unknown"
+"""The label of requests that name no model discovery knows."""
+
 
 class Hook(Protocol):
     """Told of what happens; must be quick, since it runs between two messages."""

@@ -17,9 +17,7 @@ from prometheus_client.registry import Collector
 
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.scheduling.interfaces import Decision
-
-UNKNOWN_MODEL = "unknown"
-"""The label of requests that name no model discovery knows."""
+from envoy_extproc.telemetry import UNKNOWN_MODEL
 
 _DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300, 900)
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60)

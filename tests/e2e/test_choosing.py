@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -48,7 +49,10 @@ async def test_streams_spread_evenly(directory: Path) -> None:
 
 async def test_least_kv_cache_follows_the_engines(directory: Path) -> None:
     async with fast_engines(2, kv_blocks=64, tpot_seconds=0.5) as engines:
-        config = {"routing": {"policy": "least-kv-cache"}, "engines": {"scrape_interval_ms": 50}}
+        config: dict[str, dict[str, Any]] = {
+            "routing": {"policy": "least-kv-cache"},
+            "engines": {"scrape_interval_ms": 50},
+        }
         async with Gateway(directory, engines=engines, config=config) as gateway:
             full = engines[0]
             async with aiohttp.ClientSession() as direct, aiohttp.ClientSession(gateway.url) as http:
