@@ -171,9 +171,13 @@ class StreamReader:
         """See `Reader`. Bytes of an event that may have to go are held back until it is whole."""
         decoder = self._decoder
         held = decoder.pending
+        events = decoder.feed(data)
+        if len(events) == 1 and events[0] is data:  # one event a read, as engines write them
+            shown = self._read(data, now)
+            return None if shown is data else shown
         changed = False
         kept: list[bytes] = []
-        for event in decoder.feed(data):
+        for event in events:
             shown = event if type(event) is Unparsed else self._read(event, now)
             changed = changed or shown is not event
             kept.append(shown)
@@ -183,11 +187,10 @@ class StreamReader:
         return b"".join(kept)
 
     def finish(self, now: float) -> bytes:
-        """See `Reader`. A tail without its empty line is read like an event and delivered whole."""
+        """See `Reader`. A tail without its empty line is read like an event, and delivered like one."""
         rest = self._decoder.finish()
-        if rest:
-            self._note(data_of(rest), now)
-        return rest if self._hide_usage else b""
+        shown = self._read(rest, now) if rest else b""
+        return shown if self._hide_usage else b""
 
     def _read(self, event: bytes, now: float) -> bytes:
         data = data_of(event)

@@ -1,0 +1,60 @@
+"""The first thing a new user types."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+from tests.support.gateway import fast_engines
+
+
+async def demo(*arguments: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "envoy_extproc", "demo", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+
+
+async def output_of(process: asyncio.subprocess.Process) -> str:
+    async with asyncio.timeout(60):
+        out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    return out.decode()
+
+
+async def test_demo_once_shows_every_outcome() -> None:
+    shown = await output_of(await demo("--once"))
+    faults = ("client", "overload", "model_server", "content", "network")
+    for outcome in ("success", *(f": {fault}" for fault in faults), "(try 3)", "estimated", "reported"):
+        assert outcome in shown, outcome
+    assert "In flight now: 0." in shown
+
+
+async def test_demo_with_engines_of_ones_own() -> None:
+    async with fast_engines(2) as engines:
+        urls = [argument for engine in engines for argument in ("--engine", f"http://{engine.address}")]
+        shown = await output_of(await demo("--once", *urls))
+        assert all(engine.address in shown for engine in engines)
+        assert all(len(engine.requests) > 2 for engine in engines)
+
+
+async def test_demo_says_when_an_engine_is_not_there() -> None:
+    process = await demo("--once", "--engine", "http://127.0.0.1:9")
+    async with asyncio.timeout(30):
+        out, _ = await process.communicate()
+    assert process.returncode == 2
+    assert b"127.0.0.1:9" in out
+    assert b"Traceback" not in out
+
+
+async def test_demo_stays_until_it_is_stopped() -> None:
+    process = await demo()
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        while b"Still up" not in await process.stdout.readline():
+            pass
+        assert process.returncode is None
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0

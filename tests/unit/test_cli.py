@@ -1,0 +1,112 @@
+"""The command line: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from envoy_extproc.simulation.stack import envoy_binary
+
+VALID = """
+discovery:
+  static:
+    endpoints:
+    - {name: pod-a, address: "127.0.0.1:8001", models: [llama-3-8b, lora-1]}
+    - {name: pod-b, address: "[::1]:8002", models: [llama-3-8b]}
+routing: {policy: round-robin}
+"""
+
+
+def run(*arguments: str, config: Path | None = None) -> subprocess.CompletedProcess[str]:
+    options = [] if config is None else ["-c", str(config)]
+    command = [sys.executable, "-m", "envoy_extproc", *arguments, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(VALID)
+    return path
+
+
+def test_check_says_what_a_configuration_means(config: Path) -> None:
+    done = run("config", "check", config=config)
+    assert done.returncode == 0
+    assert "valid" in done.stdout
+    assert "round-robin" in done.stdout
+    assert "pod-b [::1]:8002" in done.stdout
+
+
+BAD = {
+    "sever: {}": "sever: unknown key",
+    "server: {drain: 3}": "server.drain: unknown key",
+    "routing: {policy: guess}": "no policy 'guess'",
+    "discovery: {static: {endpoints: [{address: 'pod-a:80', models: [m]}]}}": "endpoints[0].address",
+    "discovery: {static: {endpoints: [{address: '1.2.3.4:80', models: [m], engine: x}]}}": "endpoints[0].engine",
+    "discovery: {static: {file: nowhere.yaml}}": "does not exist",
+    "- a list": "sections",
+    "a: [": "YAML",
+    "auth: {mode: api-key}": "auth.mode",
+    "server: {listen: '9002'}": "host:port",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_wrong_configuration_is_named(tmp_path: Path, text: str, command: str) -> None:
+    path = tmp_path / "gateway.yaml"
+    whole = yaml.safe_load(VALID)
+    try:
+        part = yaml.safe_load(text)
+        path.write_text(yaml.safe_dump(whole | part if isinstance(part, dict) else part))
+    except yaml.YAMLError:
+        path.write_text(text)
+    done = run(*(["config", "check"] if command == "check" else ["serve"]), config=path)
+    assert done.returncode == 2
+    assert BAD[text] in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    done = run("config", "check", config=tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert "none.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("fail_open", [True, False])
+def test_bootstrap_is_valid_for_envoy(config: Path, tmp_path: Path, fail_open: bool) -> None:
+    config.write_text(
+        f"{VALID}\nenvoy: {{fail_open: {str(fail_open).lower()}, servers: ['127.0.0.1:9003']}}\n"
+    )
+    done = run("config", "envoy", config=config)
+    assert done.returncode == 0
+    bootstrap = yaml.safe_load(done.stdout)
+    clusters = {cluster["name"]: cluster for cluster in bootstrap["static_resources"]["clusters"]}
+    for cluster in clusters.values():
+        (limits,) = cluster["circuit_breakers"]["thresholds"]
+        assert all(limit > 100_000 for limit in limits.values())
+    assert len(clusters["ext_proc"]["load_assignment"]["endpoints"][0]["lb_endpoints"]) == 2
+    assert f"failure_mode_allow: {str(fail_open).lower()}" in done.stdout
+    path = tmp_path / "envoy.yaml"
+    path.write_text(done.stdout)
+    command = [str(envoy_binary()), "--mode", "validate", "-c", str(path)]
+    validated = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert validated.returncode == 0, validated.stderr
+
+
+def test_serve_says_when_a_port_is_taken(config: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config.write_text(f"{VALID}\nserver: {{listen: '127.0.0.1:{port}', admin: '127.0.0.1:0'}}\n")
+        done = run("serve", config=config)
+    assert done.returncode == 2
+    assert str(port) in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,356 @@
+"""Request bodies: what is read of them, and the one edit there is, which leaves every other byte alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from envoy_extproc.errors import BadRequest
+from envoy_extproc.openai import request as openai_request
+from envoy_extproc.openai import routes
+from envoy_extproc.openai.request import InferenceRequest, ask_for_usage, estimate_tokens
+
+CHAT, COMPLETIONS, EMBEDDINGS = routes.ROUTES
+
+
+def decode(body: bytes, route: routes.Route = CHAT) -> InferenceRequest:
+    return openai_request.decode(body, route)
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"model":"m"}', InferenceRequest(model="m")),
+        (b'{"model":"m","stream":true}', InferenceRequest(model="m", stream=True)),
+        (b'{"model":"m","stream":false}', InferenceRequest(model="m")),
+        (b'{"model":"m","stream":null}', InferenceRequest(model="m")),
+        (b'{"model":"m","stream":1}', InferenceRequest(model="m")),
+        (b'{"model":"m","stream":"true"}', InferenceRequest(model="m")),
+        (b' \n{ "model" : "m" }\r\n', InferenceRequest(model="m")),
+        (b'{"mod\\u0065l":"\\u006d"}', InferenceRequest(model="m")),
+        ('{"model":"modèle"}'.encode(), InferenceRequest(model="modèle")),
+        # of duplicates the last, as Python's decoder
+        (b'{"model":"a","model":"m"}', InferenceRequest(model="m")),
+        (b'{"stream":true,"model":"m","stream":false}', InferenceRequest(model="m")),
+        # look-alikes deeper inside
+        (
+            b'{"messages":[{"model":"x","stream":true}],"model":"m"}',
+            InferenceRequest(model="m", prompt_tokens_estimate=8),
+        ),
+        (b'{"model":"m","x":{"stream_options":{"include_usage":true}}}', InferenceRequest(model="m")),
+        # stream_options
+        (b'{"model":"m","stream_options":null}', InferenceRequest(model="m", stream_options=True)),
+        (b'{"model":"m","stream_options":{}}', InferenceRequest(model="m", stream_options=True)),
+        (b'{"model":"m","stream_options":7}', InferenceRequest(model="m", stream_options=True)),
+        (
+            b'{"model":"m","stream_options":{"include_usage":true}}',
+            InferenceRequest(model="m", stream_options=True, usage_asked=True),
+        ),
+        (
+            b'{"model":"m","stream_options":{"include_usage":1}}',
+            InferenceRequest(model="m", stream_options=True),
+        ),
+    ],
+)
+def test_decode(body: bytes, expected: InferenceRequest) -> None:
+    assert decode(body) == expected
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b'"x":"\\ud800"',
+        b'"x":"\\udc00\\ud800"',
+        b'"x":NaN',
+        b'"x":[Infinity,-Infinity]',
+        b'"x":1e400',
+        b'"x":' + b"9" * 400,
+        b'"messages":[{"content":"\\ud83d"}]',
+        b'"x":' + b"[" * 200 + b"]" * 200,
+    ],
+)
+def test_what_python_engines_read_is_not_refused(rest: bytes) -> None:
+    body = b'{"model":"m","stream":true,' + rest + b"}"
+    json.loads(body)
+    read = decode(body)
+    assert (read.model, read.stream) == ("m", True)
+    assert ask_for_usage(body, read).startswith(body[:-1])
+
+
+def test_a_byte_order_mark_is_read_as_python_does() -> None:
+    body = b'\xef\xbb\xbf{"model":"m","stream":true}'
+    assert json.loads(body) == {"model": "m", "stream": True}
+    read = decode(body)
+    assert read == InferenceRequest(model="m", stream=True)
+    assert json.loads(ask_for_usage(body, read))["stream_options"] == {"include_usage": True}
+
+
+def test_a_model_that_is_no_text_is_made_one() -> None:
+    assert decode(b'{"model":"\\ud800"}').model == "?"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"{}", "model"),
+        (b'{"model":null}', "model"),
+        (b'{"model":""}', "model"),
+        (b'{"model":7}', "model"),
+        (b'{"model":["m"]}', "model"),
+        (b'{"model":{"model":"m"}}', "model"),
+        (b'{"x":{"model":"m"}}', "model"),
+        (b'{"model":"m","model":null}', "model"),
+        (b"", None),
+        (b" ", None),
+        (b"[]", None),
+        (b'["model"]', None),
+        (b"null", None),
+        (b'"model"', None),
+        (b"7", None),
+        (b"model=m", None),
+        (b'{"model":"m"', None),
+        (b'{"model":"m"}}', None),
+        (b'{"model":"m"} {}', None),
+        (b"{'model':'m'}", None),
+        (b'{"model":"m",}', None),
+        (b'{"model":"m","x":"\x01"}', None),
+        (b'{"model":"m","x":"\xff"}', None),
+        (b'{"model":"\xff"}', None),
+        ('{"model":"m"}'.encode("utf-16"), None),
+        (b'{"model":"m","messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+        (b'{"model":"m","stream":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", None),
+        (b'{"model":"m","x":NaN,"y":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+        (b'{"model":' + b"[" * 100_000, None),
+        (b'{"model":"m","stream":' + b"9" * 5000 + b"}", None),
+    ],
+)
+def test_what_cannot_be_understood_is_refused(body: bytes, param: str | None) -> None:
+    with pytest.raises(BadRequest) as refused:
+        decode(body)
+    assert refused.value.param == param
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("depth", range(100, 1100, 50))
+@pytest.mark.parametrize("odd", [b"NaN", b"1"])
+def test_nesting_at_the_edge_is_read_or_refused(depth: int, odd: bytes) -> None:
+    body = b'{"model":"m","t":' + odd + b',"x":' + b"[" * depth + b"]" * depth + b"}"
+    try:
+        assert decode(body).model == "m"
+    except BadRequest as error:
+        assert "nested" in error.message or "malformed" in error.message  # noqa: PT017  both are right
+
+
+def test_embeddings_are_no_stream() -> None:
+    assert decode(b'{"model":"m","stream":true}', EMBEDDINGS) == InferenceRequest(model="m")
+
+
+@pytest.mark.parametrize(
+    ("route", "member"), [(CHAT, b"messages"), (COMPLETIONS, b"prompt"), (EMBEDDINGS, b"input")]
+)
+def test_each_route_has_its_prompt(route: routes.Route, member: bytes) -> None:
+    body = b'{"model":"m","' + member + b'":"' + b"x" * 398 + b'"}'
+    assert decode(body, route).prompt_tokens_estimate == 100
+    for other in routes.ROUTES:
+        if other is not route:
+            assert decode(body, other).prompt_tokens_estimate == 0
+
+
+@given(st.binary(max_size=60))
+def test_any_body_is_read_or_refused(body: bytes) -> None:
+    try:
+        assert decode(body).model
+    except BadRequest:
+        pass
+
+
+JSON_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["model", "stream", "stream_options", "include_usage", "x"]), inner)
+    ),
+    max_leaves=10,
+)
+
+
+@given(JSON_VALUE, st.sampled_from(routes.ROUTES), st.booleans())
+def test_any_json_is_read_or_refused_as_python_reads_it(
+    value: object, route: routes.Route, ascii_only: bool
+) -> None:
+    body = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "replace")
+    model = value.get("model") if isinstance(value, dict) else None
+    try:
+        read = decode(body, route)
+    except BadRequest:
+        assert not (isinstance(model, str) and model)
+    else:
+        assert read.model == model
+
+
+# -- asking for usage ----------------------------------------------------------------------------------------------
+
+ON = '{"include_usage":true}'
+
+
+def asked(text: str) -> str:
+    body = text.encode()
+    return ask_for_usage(body, decode(body)).decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("null", ON),
+        ("{}", ON),
+        ("{ }", '{ "include_usage":true}'),
+        ('{"include_usage":false}', ON),
+        ('{"include_usage":null}', ON),
+        ('{"include_usage" : false }', '{"include_usage" : true }'),
+        ('{"include_usage":true}', ON),
+        ('{"x":1}', '{"x":1,"include_usage":true}'),
+        ('{"include_usage":true,"include_usage":false}', '{"include_usage":true,"include_usage":true}'),
+        ('{"incl\\u0075de_usage":false}', '{"incl\\u0075de_usage":true}'),
+        ('{"continuous_usage_stats":true}', '{"continuous_usage_stats":false,"include_usage":true}'),
+        (
+            '{"include_usage":false,"continuous_usage_stats":true}',
+            '{"include_usage":true,"continuous_usage_stats":false}',
+        ),
+        ('{"x":{"include_usage":false}}', '{"x":{"include_usage":false},"include_usage":true}'),
+        ('{"x":"}","y":[{}]}', '{"x":"}","y":[{}],"include_usage":true}'),
+        # an engine refuses these, so its answer is the client's
+        ("7", "7"),
+        ("[]", "[]"),
+        ('"null"', '"null"'),
+        ("true", "true"),
+    ],
+)
+@pytest.mark.parametrize("space", ["", " ", "\n\t"])
+def test_stream_options(options: str, expected: str, space: str) -> None:
+    def body(value: str, *, last: bool) -> str:
+        member = f'"stream_options"{space}:{space}{value}{space}'
+        return f'{{"model":"m",{member}}}' if last else f'{{{member},{space}"model":"m"}}'
+
+    assert asked(body(options, last=True)) == body(expected, last=True)
+    assert asked(body(options, last=False)) == body(expected, last=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"model":"m","stream":true}', f'{{"model":"m","stream":true,"stream_options":{ON}}}'),
+        ('{"model":"m"\n}\n', f'{{"model":"m"\n,"stream_options":{ON}}}\n'),
+        # of several the last counts, as in the engine
+        (
+            '{"stream_options":{"include_usage":false},"model":"m","stream_options":null}',
+            f'{{"stream_options":{{"include_usage":false}},"model":"m","stream_options":{ON}}}',
+        ),
+        (
+            '{"messages":[{"stream_options":{"include_usage":false}}],"model":"m"}',
+            f'{{"messages":[{{"stream_options":{{"include_usage":false}}}}],"model":"m","stream_options":{ON}}}',
+        ),
+        (
+            '{"messages":[{"content":"\\"stream_options\\":null}"}],"stream_options":null,"model":"m"}',
+            f'{{"messages":[{{"content":"\\"stream_options\\":null}}"}}],"stream_options":{ON},"model":"m"}}',
+        ),
+        ('{"stream_opt\\u0069ons":null,"model":"m"}', f'{{"stream_opt\\u0069ons":{ON},"model":"m"}}'),
+    ],
+)
+def test_ask_for_usage(text: str, expected: str) -> None:
+    assert asked(text) == expected
+
+
+OPTIONS = st.one_of(
+    st.none(),
+    st.dictionaries(
+        st.sampled_from(["include_usage", "continuous_usage_stats", "x"]),
+        st.none() | st.booleans() | st.integers(),
+    ),
+)
+MESSAGES = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "stream_options", "usage"]), st.text(max_size=8) | OPTIONS
+    ),
+    max_size=3,
+)
+
+
+@given(
+    messages=MESSAGES,
+    options=OPTIONS,
+    has_options=st.booleans(),
+    first=st.booleans(),
+    indent=st.sampled_from([None, 0, 2]),
+    escape=st.booleans(),
+)
+def test_nothing_but_stream_options_changes(
+    messages: object,
+    options: dict[str, Any] | None,
+    has_options: bool,
+    first: bool,
+    indent: int | None,
+    escape: bool,
+) -> None:
+    members: dict[str, object] = {"model": "m", "stream": True, "messages": messages, "seed": 2**80}
+    if has_options:
+        added: dict[str, object] = {"stream_options": options}
+        members = added | members if first else members | added
+    body = json.dumps(members, indent=indent, ensure_ascii=escape).encode("utf-8", "replace")
+    read = decode(body)
+    assume(not read.usage_asked)
+    result = ask_for_usage(body, read)
+
+    wanted = json.loads(body)
+    kept = dict(options or {}) if has_options else {}
+    if "continuous_usage_stats" in kept:
+        kept["continuous_usage_stats"] = False
+    wanted["stream_options"] = kept | {"include_usage": True}
+    assert json.loads(result) == wanted
+
+    assert decode(result).usage_asked
+    same_start = _common(body, result)
+    same_end = _common(body[same_start:][::-1], result[same_start:][::-1])
+    changed = body[same_start : len(body) - same_end]
+    written = json.dumps(options, indent=indent).encode() if has_options else b""
+    assert len(changed) <= len(written)
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes both begin with."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+
+
+# -- estimates -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        (b"", 0),
+        (b'"1234567890"', 3),
+        (b'"' + b"x" * 398 + b'"', 100),
+        (b"[1,2,3]", 3),
+        (b"[1]", 1),
+        (b"[[1,2],[3,4]]", 4),
+        (b"[ [ 101 , 7592 ] ]", 2),
+        (b'["ab","cd"]', 3),
+        (b'[{"image_url":{"url":"data:image/png;base64,' + b"A" * 100_000 + b'=="}}]', 10),
+    ],
+)
+def test_estimate_tokens(prompt: bytes, tokens: int) -> None:
+    assert estimate_tokens(prompt) == tokens
+
+
+@given(st.binary(max_size=200))
+def test_an_estimate_is_never_negative_nor_more_than_the_bytes(prompt: bytes) -> None:
+    assert 0 <= estimate_tokens(prompt) <= len(prompt) + 1
