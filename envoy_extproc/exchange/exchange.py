@@ -85,8 +85,6 @@ class ExchangeSettings(msgspec.Struct, frozen=True, kw_only=True):
         accounting: whether answers are read for their usage.
         max_event_bytes: an event of a stream beyond this passes unparsed.
         max_json_bytes: a JSON answer beyond this passes unparsed.
-        buffer_json_bytes: a JSON answer announced to be at most this long is handed over whole, which keeps its
-            ``content-length``; a longer one is handed over as it comes, chunked.
         clear_route_cache: whether Envoy chooses its route again once the model is known.
     """
 
@@ -94,7 +92,6 @@ class ExchangeSettings(msgspec.Struct, frozen=True, kw_only=True):
     accounting: bool = True
     max_event_bytes: int = 1_048_576
     max_json_bytes: int = 16_777_216
-    buffer_json_bytes: int = 65_536
     clear_route_cache: bool = False
 
 
@@ -325,7 +322,7 @@ class Exchange:
         elif record.streamed:
             return self._read_stream()
         elif content_type == "application/json":
-            return self._read_json(control.content_length(event.headers))
+            return self._read_json()
         else:
             record.unread = "content-type"
         return BodyMode.NONE
@@ -336,11 +333,10 @@ class Exchange:
         self.record.seen = self._reader.seen
         return BodyMode.STREAMED
 
-    def _read_json(self, length: int | None) -> BodyMode:
+    def _read_json(self) -> BodyMode:
         self._reader = JsonReader(max_body_bytes=self._settings.max_json_bytes)
         self.record.seen = self._reader.seen
-        short = length is not None and length <= self._settings.buffer_json_bytes
-        return BodyMode.BUFFERED if short else BodyMode.STREAMED
+        return BodyMode.STREAMED
 
     def _answer_headers(self) -> tuple[tuple[str, str], ...]:
         record = self.record
