@@ -233,7 +233,10 @@ def _log_as_json() -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
+            # Without the local variables of the frames: a request's headers and body are among them.
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
             structlog.processors.JSONRenderer(serializer=lambda line, **_: msgspec.json.encode(line)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableVariable
 
 ENV_PREFIX = "ENVOY_EXTPROC_"
 
@@ -217,8 +218,13 @@ def load(path: Path | None, *, policies: tuple[str, ...]) -> Settings:
 def parse(data: Mapping[str, Any], *, policies: tuple[str, ...], source: str = "configuration") -> Settings:
     """The settings in `data`; see `load`."""
     _check_environment(os.environ)
+    private = [key for key in data if key.startswith("_")]  # pydantic-settings has arguments of such names
+    if private:
+        raise SettingsError("\n".join(f"{source}: {key}: unknown key" for key in private))
     try:
         settings = Settings(**data)
+    except UnreadableVariable as error:
+        raise SettingsError(f"environment: {error}: lists and whole sections are written in JSON") from None
     except ValidationError as error:
         raise SettingsError("\n".join(_sentences(source, error))) from None
     _check_policies(settings, policies, source)

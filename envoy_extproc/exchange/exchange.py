@@ -162,6 +162,16 @@ class Exchange:
         phase = _PHASES.get(type(event))
         return () if phase is None or self.state is State.CLOSED else (PASS[phase],)
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether a part of the answer waits for its rest here; a stream that ended now would lose it."""
+        return self._reader is not None and self._reader.holds_back
+
+    def let_go(self) -> None:
+        """The stream is to end early: the next reply takes along what is held back."""
+        if self._reader is not None:
+            self._reader.let_go()
+
     # -- request ---------------------------------------------------------------------------------------------------
 
     def request_headers(self, event: RequestHeaders) -> Sequence[Command]:

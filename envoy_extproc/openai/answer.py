@@ -110,6 +110,13 @@ class Reader(Protocol):
     def finish(self, now: float) -> bytes:
         """Takes the end of the body; returns what is still to be passed on."""
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether bytes wait here for more: they can only go out with what `feed` returns next."""
+
+    def let_go(self) -> None:
+        """From the next `feed` on nothing is held back."""
+
 
 class _Details(msgspec.Struct):
     cached_tokens: int | None = None
@@ -160,12 +167,22 @@ class StreamReader:
         max_event_bytes: an event beyond this passes unparsed.
     """
 
-    __slots__ = ("_decoder", "_hide_usage", "seen")
+    __slots__ = ("_decoder", "_hide_usage", "_letting_go", "seen")
 
     def __init__(self, *, hide_usage: bool, max_event_bytes: int) -> None:
         self._decoder = Decoder(max_event_bytes)
         self._hide_usage = hide_usage
+        self._letting_go = False
         self.seen = Seen()
+
+    @property
+    def holds_back(self) -> bool:
+        """See `Reader`."""
+        return self._hide_usage and bool(self._decoder.pending)
+
+    def let_go(self) -> None:
+        """See `Reader`. What is cut off from its event this way is not read."""
+        self._letting_go = True
 
     def feed(self, data: bytes, now: float) -> bytes | None:
         """See `Reader`. Bytes of an event that may have to go are held back until it is whole."""
@@ -184,6 +201,8 @@ class StreamReader:
         self.seen.oversized = decoder.oversized
         if not self._hide_usage or not (changed or held or decoder.pending):
             return None
+        if self._letting_go:
+            kept.append(decoder.finish())
         return b"".join(kept)
 
     def finish(self, now: float) -> bytes:
@@ -233,6 +252,14 @@ class JsonReader:
         self._parts: list[bytes] = []
         self._size = 0
         self.seen = Seen()
+
+    @property
+    def holds_back(self) -> bool:
+        """See `Reader`: it only looks on."""
+        return False
+
+    def let_go(self) -> None:
+        """See `Reader`."""
 
     def feed(self, data: bytes, now: float) -> None:
         """See `Reader`."""

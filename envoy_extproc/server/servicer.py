@@ -88,18 +88,21 @@ class Call:
         self._lease = self._in_flight.acquire(
             decision.chosen.endpoint, command.request.model or UNKNOWN_MODEL
         )
-        for hook in self._hooks:
-            hook.decided(decision, seconds)
+        self._tell(lambda hook: hook.decided(decision, seconds))
         return Scheduled(at, decision)
 
     def _finish(self, command: Finish) -> None:
         if self._lease is not None:
             self._lease.release()
+        self._tell(lambda hook: hook.finished(command.report))
+
+    def _tell(self, say: Callable[[Hook], None]) -> None:
         for hook in self._hooks:
             try:
-                hook.finished(command.report)
+                say(hook)
             except Exception:
-                # The outermost edge of one exchange: an exporter that fails must not keep the others from hearing.
+                # The outermost edge of a hook: an exporter that fails must not end the exchange, nor keep the
+                # others from hearing.
                 log.exception("hook_failed", hook=type(hook).__name__)
 
 
@@ -164,6 +167,9 @@ class ExternalProcessor:
             if not call.returning:
                 raise
             task.uncancel()
+        except wire.DecodeError:
+            self._message_unknown()
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a ProcessingRequest")
         except grpc.aio.InternalError:
             pass  # Envoy was gone before its reply could be sent; the same end as any other
         except Exception as error:
@@ -197,14 +203,19 @@ class ExternalProcessor:
     def give_back(self, *, held_only: bool) -> None:
         """Ends streams without an error, so that Envoy carries their exchanges to their end alone.
 
-        A request that has no pod yet is never among them: Envoy would send it anywhere.
+        A request that has no pod yet is never among them: Envoy would send it anywhere. Nor is, until its next reply
+        has gone out, one of whose answer a part is held back here: its client would miss it.
 
         Args:
             held_only: only those of which nothing more is to be read; their exchanges lose nothing by it.
         """
         states = (State.HELD,) if held_only else _ROUTED
         for task, call in self._live.items():
-            if call.exchange.state in states and not call.returning:
+            if call.exchange.state not in states or call.returning:
+                continue
+            if call.exchange.holds_back:
+                call.exchange.let_go()
+            else:
                 call.returning = True
                 task.cancel()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import assert_never
 
+from google.protobuf.message import DecodeError
+
 from envoy_extproc._proto import base_pb2, ext_proc_pb2, orca_pb2
 from envoy_extproc.exchange.commands import PASS, BodyMode, Continue, LoadReport, Phase, Respond
 from envoy_extproc.exchange.control import DESTINATION
@@ -228,4 +230,12 @@ _READY: Mapping[Phase, ext_proc_pb2.ProcessingResponse] = {
     phase: _continue(reply) for phase, reply in PASS.items()
 }
 
-__all__ = ["METADATA", "PROCESS", "ProcessingRequest", "ProcessingResponse", "decode", "encode"]
+__all__ = [
+    "METADATA",
+    "PROCESS",
+    "DecodeError",
+    "ProcessingRequest",
+    "ProcessingResponse",
+    "decode",
+    "encode",
+]

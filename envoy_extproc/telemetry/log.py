@@ -27,10 +27,10 @@ def fields(report: Report) -> dict[str, Any]:
     """The line's fields; names are OpenTelemetry's where it has one, durations are seconds."""
     served = report.served_by
     line: dict[str, Any] = {
-        "request_id": report.request_id,
-        "path": report.path[:256],
+        "request_id": _text(report.request_id),
+        "path": _text(report.path),
         "gen_ai.operation.name": report.operation,
-        "gen_ai.request.model": None if report.model is None else report.model[:256],
+        "gen_ai.request.model": None if report.model is None else _text(report.model),
         "status": report.status,
         "outcome": report.outcome,
         "error.type": report.error_type,
@@ -78,6 +78,11 @@ def _state(candidate: Candidate) -> dict[str, Any]:
             "kv_cache_usage": candidate.stats.kv_cache_usage,
         }
     return state
+
+
+def _text(value: str) -> str:
+    """What a client wrote, cut short; bytes that are not UTF-8, which no JSON can hold, replaced."""
+    return value[:256].encode("utf-8", "replace").decode()
 
 
 def _rounded(seconds: float | None) -> float | None:

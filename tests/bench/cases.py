@@ -201,7 +201,7 @@ class Bench:
             envoy=cpu(self._plain) - before,
             server=0.0,
             requests=result.requests,
-            events=result.events - 2 * result.requests,
+            events=max(0, result.events - 2 * result.requests),
             seconds=result.seconds,
             messages=0.0,
         )
@@ -219,7 +219,7 @@ class Bench:
             envoy=after[0] - before[0],
             server=after[1] - before[1] - idle,
             requests=result.requests,
-            events=result.events - 2 * result.requests,
+            events=max(0, result.events - 2 * result.requests),
             seconds=result.seconds,
             messages=await self._messages() - messages,
         )

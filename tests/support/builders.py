@@ -16,7 +16,9 @@ def endpoint(number: int, *, models: tuple[str, ...] = (MODEL,), name: str | Non
     return Endpoint(name=name or f"pod-{number}", address=f"10.0.0.{number}:8000", models=models)
 
 
-def candidate(number: int, in_flight: int = 0, *, kv: float | None = None, reachable: bool = True) -> Candidate:
+def candidate(
+    number: int, in_flight: int = 0, *, kv: float | None = None, reachable: bool = True
+) -> Candidate:
     """The endpoint of that number; with `kv` its engine has been scraped."""
     stats = None if kv is None else EngineStats(at=0.0, kv_cache_usage=kv)
     return Candidate(endpoint(number), in_flight, stats, reachable)

@@ -102,7 +102,7 @@ async def running(scraper: Scraper) -> AsyncIterator[None]:
 
 async def becomes(scraper: Scraper, address: str, wanted: Callable[[EngineState], bool]) -> EngineState:
     async with asyncio.timeout(5):
-        while not wanted(scraper.states[address]):  # noqa: ASYNC110 - a state is looked at, as readers do
+        while not wanted(scraper.states[address]):
             await asyncio.sleep(INTERVAL / 4)
     return scraper.states[address]
 

@@ -267,7 +267,7 @@ def events(chunks: list[bytes]) -> list[Any]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(2):
-        while not condition():  # noqa: ASYNC110  an engine has no event for it, as a real one has none
+        while not condition():
             await asyncio.sleep(0.002)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def decoded(pieces: list[bytes], limit: int = BIG) -> tuple[list[bytes], bytes, 
 
 def cut(text: bytes, cuts: list[int]) -> list[bytes]:
     places = [0, *sorted(place % (len(text) + 1) for place in cuts), len(text)]
-    return [text[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(places)]
 
 
 def single_bytes(text: bytes) -> list[bytes]:

@@ -46,7 +46,7 @@ async def following_snapshot(snapshots: AsyncIterator[Snapshot]) -> Snapshot:
 
 async def logged(logs: Logs, count: int) -> None:
     async with asyncio.timeout(5):
-        while len(logs) < count:  # noqa: ASYNC110 - a log line sets no event
+        while len(logs) < count:
             await asyncio.sleep(POLL)
 
 

@@ -1,0 +1,139 @@
+"""Two thousand streams under way together, all through the server: none bypassed, none lost, and what one costs."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support.canned import canned, stream
+from tests.support.gateway import MODEL, Gateway, eventually
+
+STREAMS = 2000
+UNANSWERED = 100  # requests at once that have no first token yet
+STATS = "http.ingress.ext_proc.envoy_extproc."
+DESCRIPTORS = 16_384  # the clients' sockets and the upstream's are both this process's
+BODY = b'{"model":"%b","messages":[{"role":"user","content":"hello"}],"stream":true}' % MODEL.encode()
+REQUEST = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-request-id: many-%d\r\ncontent-length: %d\r\n\r\n%b"
+)
+FIRST = b'data: {"choices":[{"index":0,"delta":{"content":"first"}}]}\n\n'
+LAST = b'data: {"choices":[{"index":0,"delta":{"content":"last"}}]}\n\n'
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":2,"total_tokens":13}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+class Client(asyncio.Protocol):
+    """Sends one request and keeps what comes."""
+
+    def __init__(self, number: int, begun: Callable[[], None], ended: Callable[[], None]) -> None:
+        self.received = bytearray()
+        self.lost = False
+        self._number = number
+        self._begun = begun
+        self._ended = ended
+        self._transport: asyncio.WriteTransport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+        transport.write(REQUEST % (self._number, len(BODY), BODY))
+
+    def data_received(self, data: bytes) -> None:
+        if not self.received:
+            self._begun()
+        self.received += data
+        if self.received.endswith(b"\r\n0\r\n\r\n"):
+            self._ended()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.lost = True
+
+    def close(self) -> None:
+        self._transport.close()
+
+    @property
+    def body(self) -> bytes:
+        """The chunks undone."""
+        rest = bytes(self.received.partition(b"\r\n\r\n")[2])
+        parts = []
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            length = int(size, 16)
+            parts.append(rest[:length])
+            rest = rest[length + 2 :]
+        return b"".join(parts)
+
+
+def resident(process: asyncio.subprocess.Process | None) -> int:
+    """Bytes of memory a process has."""
+    assert process is not None
+    lines = Path(f"/proc/{process.pid}/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+async def test_two_thousand_streams_at_once(
+    directory: Path, record_property: Callable[[str, object], None]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < DESCRIPTORS:
+        if hard < DESCRIPTORS:
+            pytest.skip(f"{hard} open files are too few")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
+    resume = asyncio.Event()
+    begun = ended = 0
+
+    def one_begun() -> None:
+        nonlocal begun
+        begun += 1
+
+    def one_ended() -> None:
+        nonlocal ended
+        ended += 1
+
+    async with (
+        canned() as upstream,
+        Gateway(directory, pods=[upstream.pod()], config={"envoy": {"fail_open": True}}) as gateway,
+    ):
+        upstream.default = stream(FIRST, resume, LAST, USAGE, DONE, pause=0.0)
+        (server,) = gateway.servers
+        before, memory = await gateway.metric("envoy_extproc_requests_total"), resident(server)
+        loop = asyncio.get_running_loop()
+        clients = []
+        for number in range(STREAMS):
+            _, client = await loop.create_connection(
+                partial(Client, number, one_begun, one_ended), "127.0.0.1", gateway.port
+            )
+            clients.append(client)
+            # Many under way is what is tested, not a burst: with 2 s of work in one, Envoy's `message_timeout` lets
+            # requests past the server.
+            await eventually(lambda: len(clients) - begun < UNANSWERED, 25)
+        try:
+            await eventually(lambda: all(FIRST in client.received for client in clients), 25)
+            assert len(upstream.requests) == STREAMS
+            assert await gateway.metric("envoy_extproc_in_flight_requests") == STREAMS
+            each = (resident(server) - memory) / STREAMS
+            resume.set()
+            await eventually(lambda: ended == STREAMS or any(client.lost for client in clients), 25)
+        finally:
+            for client in clients:
+                client.close()
+        for client in clients:
+            assert client.received.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert client.body == FIRST + LAST + DONE
+        async with asyncio.timeout(10):
+            while await gateway.metric("envoy_extproc_requests_total") < before + STREAMS:
+                await asyncio.sleep(0.05)
+        assert await gateway.metric("envoy_extproc_requests_total", outcome="success") == before + STREAMS
+        assert await gateway.metric("envoy_extproc_usage_total", usage_source="reported") == STREAMS
+        assert await gateway.metric("envoy_extproc_in_flight_requests") == 0
+        counters = ("streams_started", "failure_mode_allowed", "streams_failed", "message_timeouts")
+        told = {each: await gateway.envoy_stat(STATS + each) for each in counters}
+        assert told == dict.fromkeys(counters, 0) | {"streams_started": STREAMS}
+    print(f"memory of a held stream: {each / 1024:.1f} KiB")
+    record_property("bytes_per_held_stream", round(each))
+    assert each < 200_000

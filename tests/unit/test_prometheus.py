@@ -1,0 +1,126 @@
+"""Metrics read off reports and decisions; label sets stay bounded whatever clients send."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from prometheus_client import generate_latest
+
+from envoy_extproc.openai.answer import Usage
+from envoy_extproc.telemetry.prometheus import PrometheusMetrics
+from tests.support.builders import decision
+from tests.support.reports import report
+
+
+def metrics(*rows: tuple[str, str, int]) -> PrometheusMetrics:
+    return PrometheusMetrics(lambda: rows)
+
+
+def value(made: PrometheusMetrics, name: str, **labels: str) -> float | None:
+    return made.registry.get_sample_value(name, labels)
+
+
+CHAT = {"gen_ai_operation_name": "chat", "gen_ai_request_model": "llama-3-8b"}
+
+
+def test_a_success() -> None:
+    made = metrics()
+    made.finished(report())
+    assert value(made, "envoy_extproc_requests_total", model="llama-3-8b", outcome="success") == 1
+    assert value(made, "envoy_extproc_usage_total", usage_source="reported") == 1
+    assert value(made, "gen_ai_server_request_duration_seconds_sum", **CHAT) == 2.0
+    assert value(made, "gen_ai_server_time_to_first_token_seconds_sum", **CHAT) == 0.5
+    assert value(made, "gen_ai_server_time_per_output_token_seconds_sum", **CHAT) == 0.25
+    assert value(made, "gen_ai_client_token_usage_sum", **CHAT, gen_ai_token_type="input") == 5
+    assert value(made, "gen_ai_client_token_usage_sum", **CHAT, gen_ai_token_type="output") == 7
+    assert value(made, "envoy_extproc_oversized_events_total") == 0
+
+
+def test_what_was_not_measured_is_not_observed() -> None:
+    made = metrics()
+    made.finished(
+        report(time_to_first_token=None, time_per_output_token=None, usage_source="none", usage=Usage())
+    )
+    assert value(made, "gen_ai_server_time_to_first_token_seconds_count", **CHAT) is None
+    assert value(made, "gen_ai_server_time_per_output_token_seconds_count", **CHAT) is None
+    assert value(made, "gen_ai_client_token_usage_count", **CHAT, gen_ai_token_type="input") is None
+    assert value(made, "gen_ai_server_request_duration_seconds_count", **CHAT) == 1
+
+
+def test_a_failure_with_everything_odd() -> None:
+    made = metrics()
+    made.finished(
+        report(
+            outcome="error",
+            error_type="overload",
+            attempts=3,
+            unread="compressed",
+            oversized_events=2,
+            unreadable_events=3,
+            unexpected_messages=4,
+        )
+    )
+    assert value(made, "envoy_extproc_errors_total", model="llama-3-8b", error_type="overload") == 1
+    assert value(made, "envoy_extproc_retries_total", model="llama-3-8b") == 2
+    assert value(made, "envoy_extproc_unread_responses_total", reason="compressed") == 1
+    assert value(made, "envoy_extproc_oversized_events_total") == 2
+    assert value(made, "envoy_extproc_unreadable_events_total") == 3
+    assert value(made, "envoy_extproc_unexpected_messages_total") == 4
+
+
+def test_decisions() -> None:
+    made = metrics()
+    made.decided(decision(1), 0.001)
+    fallen = msgspec.structs.replace(decision(1), policy="least-kv-cache", fallback_reason="no-stats")
+    made.decided(fallen, 0.002)
+    assert value(made, "envoy_extproc_decision_seconds_sum", policy="least-request") == 0.001
+    assert value(made, "envoy_extproc_decision_seconds_sum", policy="least-kv-cache") == 0.002
+    assert (
+        value(made, "envoy_extproc_policy_fallbacks_total", policy="least-kv-cache", reason="no-stats") == 1
+    )
+
+
+def test_in_flight_is_read_when_it_is_asked_for() -> None:
+    made = metrics(("m", "pod-1", 3))
+    assert value(made, "envoy_extproc_in_flight_requests", model="m", endpoint="pod-1") == 3
+
+
+def test_other_counters() -> None:
+    made = metrics()
+    made.message_unknown()
+    made.bypassed(2)
+    made.bypassed(0)
+    made.scrape_failed("pod-1")
+    assert value(made, "envoy_extproc_unknown_messages_total") == 1
+    assert value(made, "envoy_extproc_bypassed_requests_total") == 2
+    assert value(made, "envoy_extproc_scrape_failures_total", endpoint="pod-1") == 1
+    made.forget_endpoints(["pod-1", "never seen"])
+    assert value(made, "envoy_extproc_scrape_failures_total", endpoint="pod-1") is None
+
+
+def test_models_that_nobody_serves_are_no_labels() -> None:
+    made = metrics()
+    before = None
+    for number in range(50):
+        made.finished(
+            report(model=f"made-up-{number}", decision=None, outcome="refused", error_type="client")
+        )
+        size = len(generate_latest(made.registry).splitlines())
+        before = before or size
+        assert size == before
+    assert value(made, "envoy_extproc_requests_total", model="unknown", outcome="refused") == 50
+
+
+@pytest.mark.parametrize("changes", [{"model": None}, {"operation": None}, {"model": None, "decision": None}])
+def test_a_request_that_tells_nothing(changes: dict[str, None]) -> None:
+    made = metrics()
+    made.finished(report(**changes))
+    assert b"gen_ai_server_request_duration_seconds_count" in generate_latest(made.registry)
+
+
+def test_histograms_are_true_ones() -> None:
+    made = metrics()
+    made.finished(report())
+    text = generate_latest(made.registry).decode()
+    assert "gen_ai_server_time_to_first_token_seconds_bucket{" in text
+    assert 'le="+Inf"' in text

@@ -1,0 +1,337 @@
+"""Choosing: each filter, scorer and picker as a table; what must hold of every decision as properties."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from envoy_extproc.endpoints import Endpoint, EngineStats, Snapshot
+from envoy_extproc.errors import BadPin, ModelNotFound, NoReadyEndpoint
+from envoy_extproc.scheduling import registry
+from envoy_extproc.scheduling.filters import ReachableFilter
+from envoy_extproc.scheduling.interfaces import Candidate, MissingDataError, Picker, SchedulingRequest, Scorer
+from envoy_extproc.scheduling.pickers import MaxScorePicker, PowerOfTwoPicker, RandomPicker, RoundRobinPicker
+from envoy_extproc.scheduling.pool import pool
+from envoy_extproc.scheduling.profile import Profile
+from envoy_extproc.scheduling.scorers import LeastKvCacheScorer, LeastRequestScorer
+from tests.support.builders import MODEL, candidate, endpoint
+
+REQUEST = SchedulingRequest(model=MODEL)
+
+
+def names(candidates: Sequence[Candidate]) -> list[str]:
+    return [each.endpoint.name for each in candidates]
+
+
+# -- scorers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "scores"),
+    [
+        ([0], [1.0]),
+        ([5, 5], [1.0, 1.0]),
+        ([0, 10], [1.0, 0.0]),
+        ([10, 0, 5], [0.0, 1.0, 0.5]),
+        ([1, 2, 3, 5], [1.0, 0.75, 0.5, 0.0]),
+    ],
+)
+def test_least_request(in_flight: list[int], scores: list[float]) -> None:
+    candidates = [candidate(number, count) for number, count in enumerate(in_flight)]
+    assert LeastRequestScorer().score(REQUEST, candidates) == scores
+
+
+@pytest.mark.parametrize(
+    ("usages", "scores"),
+    [
+        ([0.0], [1.0]),
+        ([0.25, 1.0], [0.75, 0.0]),
+        ([None, 0.5], [0.0, 0.5]),
+        ([1.5, -0.5], [0.0, 1.0]),
+        ([math.nan, math.inf, -math.inf], [0.0, 0.0, 1.0]),
+    ],
+)
+def test_least_kv_cache(usages: list[float | None], scores: list[float]) -> None:
+    candidates = [candidate(number, kv=usage) for number, usage in enumerate(usages)]
+    assert LeastKvCacheScorer().score(REQUEST, candidates) == scores
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [[candidate(1), candidate(2)], [Candidate(endpoint(1), 0, EngineStats(at=0.0, running=3.0))]],
+)
+def test_least_kv_cache_says_what_it_lacks(candidates: list[Candidate]) -> None:
+    with pytest.raises(MissingDataError) as missing:
+        LeastKvCacheScorer().score(REQUEST, candidates)
+    assert missing.value.reason == "no-stats"
+
+
+# -- filters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reachable", "stay"),
+    [
+        ([True, True], ["pod-0", "pod-1"]),
+        ([False, True, False], ["pod-1"]),
+        ([False, False], ["pod-0", "pod-1"]),
+        ([False], ["pod-0"]),
+    ],
+)
+def test_reachable(reachable: list[bool], stay: list[str]) -> None:
+    candidates = [candidate(number, reachable=yes) for number, yes in enumerate(reachable)]
+    assert names(ReachableFilter().filter(REQUEST, candidates)) == stay
+
+
+# -- pickers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "in_flight", "order"),
+    [
+        ([0.1, 0.9, 0.5], [0, 0, 0], ["pod-1", "pod-2", "pod-0"]),
+        ([0.5, 0.5], [3, 2], ["pod-1", "pod-0"]),
+        ([0.9, 0.5], [9, 0], ["pod-0", "pod-1"]),
+        ([0.0], [0], ["pod-0"]),
+    ],
+)
+def test_max_score(scores: list[float], in_flight: list[int], order: list[str]) -> None:
+    candidates = [candidate(number, count) for number, count in enumerate(in_flight)]
+    assert names(MaxScorePicker().pick(REQUEST, candidates, scores, random.Random(1))) == order
+
+
+def test_power_of_two_never_picks_the_most_loaded() -> None:
+    candidates = [candidate(1, 1), candidate(2, 5), candidate(3, 9)]
+    rng = random.Random(1)
+    picks = [names(PowerOfTwoPicker().pick(REQUEST, candidates, [], rng)) for _ in range(300)]
+    assert {each[0] for each in picks} == {"pod-1", "pod-2"}
+    assert all(each[1:] == sorted(each[1:]) for each in picks)  # the others by their load
+
+
+def first_picks(picker: Picker, candidates: Sequence[Candidate], times: int) -> Counter[str]:
+    rng = random.Random(7)
+    scores = [1.0] * len(candidates)
+    return Counter(picker.pick(REQUEST, candidates, scores, rng)[0].endpoint.name for _ in range(times))
+
+
+@pytest.mark.parametrize("picker", [MaxScorePicker(), RandomPicker(), PowerOfTwoPicker(), RoundRobinPicker()])
+def test_equals_are_picked_equally_often(picker: Picker) -> None:
+    candidates = [candidate(number) for number in range(1, 6)]
+    picks = first_picks(picker, candidates, 5000)
+    chi_square = sum((picks[each.endpoint.name] - 1000) ** 2 / 1000 for each in candidates)
+    assert chi_square < 18.5  # 4 degrees of freedom, 0.1 %
+    assert picks.total() == 5000
+
+
+def test_round_robin_goes_round() -> None:
+    candidates = [candidate(number) for number in (3, 1, 2)]
+    picker = RoundRobinPicker()
+    orders = [names(picker.pick(REQUEST, candidates, [], random.Random())) for _ in range(4)]
+    assert orders == [
+        ["pod-1", "pod-2", "pod-3"],
+        ["pod-2", "pod-3", "pod-1"],
+        ["pod-3", "pod-1", "pod-2"],
+        ["pod-1", "pod-2", "pod-3"],
+    ]
+
+
+def test_round_robin_while_endpoints_come_and_go() -> None:
+    picker = RoundRobinPicker()
+
+    def turn(*numbers: int) -> str:
+        return names(picker.pick(REQUEST, [candidate(each) for each in numbers], [], random.Random()))[0]
+
+    assert turn(1, 2, 3) == "pod-1"
+    assert turn(1, 2, 3) == "pod-2"
+    assert turn(1, 3) == "pod-3"  # the one just picked left: the next one's turn stays
+    assert turn(1, 2, 3) == "pod-1"
+    assert turn(2, 3, 4) == "pod-2"
+    assert turn(1) == "pod-1"
+    assert turn(1) == "pod-1"
+
+
+def test_round_robin_counts_each_model_by_itself() -> None:
+    picker = RoundRobinPicker()
+    candidates = [candidate(1), candidate(2)]
+    other = SchedulingRequest(model="other")
+    turns = [
+        names(picker.pick(request, candidates, [], random.Random()))[0]
+        for request in (REQUEST, other, REQUEST, other)
+    ]
+    assert turns == ["pod-1", "pod-1", "pod-2", "pod-2"]
+
+
+# -- pool ----------------------------------------------------------------------------------------------------------
+
+V6 = Endpoint(name="six", address="[fd00::1]:8000", models=(MODEL,))
+SNAPSHOT = Snapshot(
+    [
+        endpoint(1),
+        Endpoint(name="pod-1b", address="10.0.0.1:8001", models=(MODEL,)),
+        endpoint(2),
+        Endpoint(name="other", address="10.0.0.9:8000", models=("other", "lora")),
+        V6,
+    ]
+)
+OF_MODEL = {"pod-1", "pod-1b", "pod-2", "six"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "allowed"),
+    [
+        (SchedulingRequest(model=MODEL), OF_MODEL),
+        (SchedulingRequest(model="lora"), {"other"}),
+        (SchedulingRequest(), OF_MODEL | {"other"}),
+        (SchedulingRequest(model=MODEL, subset=("10.0.0.1:8000",)), {"pod-1"}),
+        (SchedulingRequest(model=MODEL, subset=("10.0.0.1",)), {"pod-1", "pod-1b"}),
+        (SchedulingRequest(model=MODEL, subset=("10.0.0.1:8001", "10.0.0.2")), {"pod-1b", "pod-2"}),
+        (SchedulingRequest(model=MODEL, subset=("fd00::1",)), {"six"}),
+        (SchedulingRequest(model=MODEL, subset=("[fd00::1]:8000",)), {"six"}),
+        (SchedulingRequest(model=MODEL, subset=("10.0.0.9", "10.0.0.2")), {"pod-2"}),
+        (SchedulingRequest(subset=("10.0.0.9",)), {"other"}),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.1:8001"), {"pod-1b"}),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.1"), {"pod-1"}),
+        (SchedulingRequest(model=MODEL, pin="fd00::1"), {"six"}),
+        (SchedulingRequest(model=MODEL, pin="[fd00::1]:8000"), {"six"}),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.1", subset=("10.0.0.1:8001",)), {"pod-1b"}),
+    ],
+)
+def test_pool(request_: SchedulingRequest, allowed: set[str]) -> None:
+    assert {each.name for each in pool(SNAPSHOT, request_, allow_pinning=True)} == allowed
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (SchedulingRequest(model="none"), ModelNotFound),
+        (SchedulingRequest(model=""), ModelNotFound),
+        (SchedulingRequest(model=MODEL, subset=()), NoReadyEndpoint),
+        (SchedulingRequest(subset=()), NoReadyEndpoint),
+        (SchedulingRequest(model=MODEL, subset=("10.0.0.9",)), NoReadyEndpoint),
+        (SchedulingRequest(model=MODEL, subset=("10.0.0", "10.0.0.1:80", "0.0.1")), NoReadyEndpoint),
+        (SchedulingRequest(model="none", subset=()), ModelNotFound),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.9:8000"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="pod-1"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.2", subset=("10.0.0.1",)), BadPin),
+    ],
+)
+def test_pool_refuses(request_: SchedulingRequest, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        pool(SNAPSHOT, request_, allow_pinning=True)
+
+
+def test_nobody_is_there() -> None:
+    for request in (SchedulingRequest(model=MODEL), SchedulingRequest()):
+        with pytest.raises(NoReadyEndpoint):
+            pool(Snapshot(), request)
+
+
+def test_a_pin_must_be_wanted() -> None:
+    with pytest.raises(BadPin):
+        pool(SNAPSHOT, SchedulingRequest(model=MODEL, pin="10.0.0.1:8000"))
+
+
+# -- profiles ------------------------------------------------------------------------------------------------------
+
+
+def test_every_policy_knows_its_name() -> None:
+    built = registry.build()
+    assert tuple(built) == registry.POLICIES
+    assert all(name == profile.name for name, profile in built.items())
+    assert registry.build()["round-robin"] is not built["round-robin"]
+
+
+def test_a_fallback_says_its_reason() -> None:
+    candidates = [candidate(1, 3), candidate(2, 1)]
+    decision = registry.build()["least-kv-cache"].run(REQUEST, candidates, random.Random(1))
+    assert (decision.policy, decision.decided_by) == ("least-kv-cache", "least-request")
+    assert decision.fallback_reason == "no-stats"
+    assert decision.chosen.endpoint.name == "pod-2"
+    assert [each.scorer for each in decision.scores] == ["least-request"]
+
+
+def test_with_data_there_is_no_fallback() -> None:
+    candidates = [candidate(1, 0, kv=0.9), candidate(2, 9, kv=0.1), candidate(3)]
+    decision = registry.build()["least-kv-cache"].run(REQUEST, candidates, random.Random(1))
+    assert (decision.decided_by, decision.fallback_reason) == ("least-kv-cache", None)
+    assert decision.chosen.endpoint.name == "pod-2"
+
+
+def test_without_a_fallback_missing_data_is_the_callers() -> None:
+    profile = Profile("kv", picker=MaxScorePicker(), scorers=[(LeastKvCacheScorer(), 1.0)])
+    with pytest.raises(MissingDataError):
+        profile.run(REQUEST, [candidate(1)], random.Random(1))
+
+
+def test_a_decision_explains_itself() -> None:
+    candidates = [candidate(1, 4), candidate(2, 2), candidate(3, 0, reachable=False)]
+    decision = registry.build()["least-request"].run(REQUEST, candidates, random.Random(1))
+    assert decision.filtered == (("reachable", ("pod-3",)),)
+    assert names(decision.candidates) == ["pod-1", "pod-2"]
+    (scores,) = decision.scores
+    assert (scores.scorer, scores.weight, scores.values) == ("least-request", 1.0, (0.0, 1.0))
+    assert [each.name for each in decision.order] == ["pod-2", "pod-1"]
+
+
+@pytest.mark.parametrize(("weights", "chosen"), [((1.0, 3.0), "pod-2"), ((3.0, 1.0), "pod-1")])
+def test_weighted_scorers_add_up(weights: tuple[float, float], chosen: str) -> None:
+    scorers: list[tuple[Scorer, float]] = [
+        (LeastRequestScorer(), weights[0]),
+        (LeastKvCacheScorer(), weights[1]),
+    ]
+    profile = Profile("both", picker=MaxScorePicker(), scorers=scorers)
+    candidates = [candidate(1, 0, kv=1.0), candidate(2, 9, kv=0.0)]
+    assert profile.run(REQUEST, candidates, random.Random(1)).chosen.endpoint.name == chosen
+
+
+CANDIDATES = st.lists(
+    st.tuples(st.integers(0, 100), st.none() | st.floats(), st.booleans()),
+    min_size=1,
+    max_size=8,
+).map(
+    lambda rows: [
+        candidate(number, in_flight, kv=kv, reachable=reachable)
+        for number, (in_flight, kv, reachable) in enumerate(rows)
+    ]
+)
+
+
+@given(CANDIDATES, st.sampled_from(registry.POLICIES), st.integers(0, 1000), st.integers(1, 10))
+def test_what_holds_of_every_decision(
+    candidates: list[Candidate], policy: str, seed: int, tries: int
+) -> None:
+    decision = registry.build()[policy].run(REQUEST, candidates, random.Random(seed), tries=tries)
+    everyone = {each.endpoint.address for each in candidates}
+    order = [each.address for each in decision.order]
+    left = [each.endpoint.address for each in decision.candidates]
+    assert decision.chosen in candidates
+    assert order[0] == decision.chosen.endpoint.address
+    assert set(order) <= set(left) <= everyone
+    assert len(set(order)) == len(order) == min(tries, len(left))
+    gone = {name for _, names_ in decision.filtered for name in names_}
+    assert gone | {each.endpoint.name for each in decision.candidates} == set(names(candidates))
+    for scores in decision.scores:
+        assert len(scores.values) == len(left)
+        assert all(math.isfinite(value) and 0 <= value <= 1 for value in scores.values)
+    if any(each.reachable for each in candidates):
+        assert decision.chosen.reachable
+    else:
+        assert set(left) == everyone
+
+
+@given(CANDIDATES, st.sampled_from(registry.POLICIES), st.integers(0, 1000))
+def test_the_same_chance_makes_the_same_decision(candidates: list[Candidate], policy: str, seed: int) -> None:
+    one, other = (registry.build()[policy].run(REQUEST, candidates, random.Random(seed)) for _ in range(2))
+    assert one.order == other.order
+
+
+@given(CANDIDATES, st.integers(0, 1000))
+def test_least_request_picks_the_least_loaded(candidates: list[Candidate], seed: int) -> None:
+    decision = registry.build()["least-request"].run(REQUEST, candidates, random.Random(seed))
+    assert decision.chosen.in_flight == min(each.in_flight for each in decision.candidates)

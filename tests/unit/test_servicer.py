@@ -1,0 +1,408 @@
+"""The service on a real grpc.aio server and channel: conversations as Envoy has them, and every way they can end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+
+from envoy_extproc._proto import ext_proc_pb2
+from envoy_extproc.endpoints import Snapshot
+from envoy_extproc.exchange.exchange import ExchangeSettings
+from envoy_extproc.exchange.report import Report
+from envoy_extproc.openai.answer import Usage
+from envoy_extproc.scheduling import registry
+from envoy_extproc.scheduling.interfaces import Decision
+from envoy_extproc.server import wire
+from envoy_extproc.server.director import Director, RoutingRules
+from envoy_extproc.server.servicer import ExternalProcessor
+from envoy_extproc.state.memory import InFlight
+from envoy_extproc.telemetry import Hook
+from tests.support.builders import MODEL, endpoint, sse, token, usage
+
+Request = ext_proc_pb2.ProcessingRequest
+Response = ext_proc_pb2.ProcessingResponse
+Stream = grpc.aio.StreamStreamCall[Request, Response]
+STREAM = b'{"model":"llama-3-8b","stream":true}'
+FILTER = "envoy.filters.http.ext_proc"
+
+
+@dataclass
+class Told:
+    """A hook that keeps what it is told."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        assert seconds >= 0
+        self.decisions.append(decision)
+
+    def finished(self, report: Report) -> None:
+        self.reports.append(report)
+
+
+class Defect(RuntimeError):
+    """What a broken part raises."""
+
+
+class BrokenHook:
+    """An exporter with a defect."""
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        raise Defect
+
+    def finished(self, report: Report) -> None:
+        raise Defect
+
+
+class BrokenDirector(Director):
+    """Choosing with a defect."""
+
+    def schedule(self, request: object, now: float) -> Decision:
+        raise Defect
+
+
+@dataclass
+class Service:
+    """A server under test, and a way to it."""
+
+    processor: ExternalProcessor
+    in_flight: InFlight
+    told: Told
+    unknown: list[None]
+    address: str
+    open: Callable[[], Stream]
+
+    async def report(self) -> Report:
+        """The one report, as soon as the stream is over for the server too."""
+        await until(lambda: self.processor.live == 0 and bool(self.told.reports))
+        (report,) = self.told.reports
+        return report
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def service(
+    *,
+    hooks: Sequence[Hook] = (),
+    director: type[Director] = Director,
+    settings: ExchangeSettings | None = None,
+) -> AsyncIterator[Service]:
+    in_flight, told, unknown = InFlight(), Told(), list[None]()
+    directing = director(
+        profiles=registry.build(),
+        rules=RoutingRules(),
+        in_flight=in_flight.count,
+        states={},
+        rng=random.Random(1),
+    )
+    directing.update(Snapshot([endpoint(1), endpoint(2, models=("other",))]))
+    processor = ExternalProcessor(
+        settings=settings or ExchangeSettings(),
+        director=directing,
+        in_flight=in_flight,
+        hooks=(*hooks, told),
+        message_unknown=lambda: unknown.append(None),
+    )
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((processor.handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            method = channel.stream_stream(
+                f"/{wire.PROCESS}/Process",
+                request_serializer=Request.SerializeToString,
+                response_deserializer=Response.FromString,
+            )
+
+            def begin() -> Stream:
+                return method(None)
+
+            yield Service(processor, in_flight, told, unknown, f"127.0.0.1:{port}", begin)
+    finally:
+        await server.stop(None)
+
+
+# -- what Envoy says -----------------------------------------------------------------------------------------------
+
+
+def request_headers(path: str = "/v1/chat/completions", *, end: bool = False) -> Request:
+    message = Request()
+    message.request_headers.end_of_stream = end
+    for name, value in ((":path", path), (":method", "POST"), ("x-request-id", "id-1")):
+        header = message.request_headers.headers.headers.add()
+        header.key, header.raw_value = name, value.encode()
+    return message
+
+
+def request_body(data: bytes = STREAM) -> Request:
+    message = Request()
+    message.request_body.body, message.request_body.end_of_stream = data, True
+    return message
+
+
+def response_headers(
+    status: str = "200", content_type: str = "text/event-stream", *, upstream: str = "10.0.0.1:8000"
+) -> Request:
+    message = Request()
+    for name, value in ((":status", status), ("content-type", content_type)):
+        header = message.response_headers.headers.headers.add()
+        header.key, header.raw_value = name, value.encode()
+    fields = message.attributes[FILTER].fields
+    fields["upstream.address"].string_value = upstream
+    fields["upstream.request_attempt_count"].number_value = 1
+    return message
+
+
+def response_body(data: bytes, *, end: bool = False) -> Request:
+    message = Request()
+    message.response_body.body, message.response_body.end_of_stream = data, end
+    return message
+
+
+async def say(stream: Stream, message: Request) -> Response:
+    """One message and its reply."""
+    await stream.write(message)
+    reply = await stream.read()
+    assert isinstance(reply, Response)
+    return reply
+
+
+async def ended(stream: Stream) -> bool:
+    """Whether the server has said all it has to say."""
+    return not isinstance(await stream.read(), Response)
+
+
+async def until_answer(stream: Stream) -> None:
+    for message in (request_headers(), request_body(), response_headers()):
+        await say(stream, message)
+
+
+# -- conversations -------------------------------------------------------------------------------------------------
+
+
+async def test_a_whole_conversation() -> None:
+    async with service() as served:
+        stream = served.open()
+        first = await say(stream, request_headers())
+        assert first.WhichOneof("response") == "request_headers"
+        assert served.in_flight.total == 0
+
+        routed = await say(stream, request_body())
+        assert b"include_usage" in routed.request_body.response.body_mutation.body
+        assert list(served.in_flight) == [(MODEL, "10.0.0.1:8000", 1)]
+        assert served.processor.live == 1
+
+        answered = await say(stream, response_headers())
+        assert answered.HasField("mode_override")
+        assert (await say(stream, response_body(sse(token())))).WhichOneof("response") == "response_body"
+        hidden = await say(stream, response_body(sse(usage(3, 2))))
+        assert hidden.response_body.response.body_mutation.clear_body
+        await say(stream, response_body(sse("[DONE]"), end=True))
+        await stream.done_writing()
+        assert await ended(stream)
+        assert await stream.code() is grpc.StatusCode.OK
+
+        report = await served.report()
+        assert (report.outcome, report.request_id, report.served_by) == ("success", "id-1", endpoint(1))
+        assert report.usage == Usage(prompt_tokens=3, completion_tokens=2)
+        assert len(served.told.decisions) == 1
+        assert served.in_flight.total == 0
+
+
+async def test_a_refusal_ends_the_stream() -> None:
+    async with service() as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        answer = await say(stream, request_body(b'{"model":"unknown"}'))
+        assert answer.immediate_response.status.code == 404
+        assert await ended(stream)
+        assert await stream.code() is grpc.StatusCode.OK
+        report = await served.report()
+        assert (report.outcome, report.error) == ("refused", "model_not_found")
+        assert served.told.decisions == []
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4])
+async def test_a_client_that_leaves_leaves_nothing_behind(steps: int) -> None:
+    async with service() as served:
+        stream = served.open()
+        messages = [request_headers(), request_body(), response_headers(), response_body(sse(token()))]
+        for message in messages[:steps]:
+            await say(stream, message)
+        await until(lambda: served.processor.live == 1 or steps == 0)
+        stream.cancel()
+        if steps == 0:
+            await until(lambda: served.processor.live == 0)
+            assert len(served.told.reports) <= 1  # the call may not have reached the server at all
+        else:
+            report = await served.report()
+            assert report.outcome == "aborted"
+        assert served.in_flight.total == 0
+        await asyncio.sleep(0.05)
+        assert len(served.told.reports) <= 1
+
+
+async def test_a_half_closed_stream_is_the_same_end() -> None:
+    async with service() as served:
+        stream = served.open()
+        await until_answer(stream)
+        await stream.done_writing()
+        assert await ended(stream)
+        assert (await served.report()).error == "closed-before-end"
+        assert served.in_flight.total == 0
+
+
+async def test_a_message_of_a_kind_not_known_is_passed_over_and_counted() -> None:
+    async with service() as served:
+        stream = served.open()
+        await stream.write(Request())
+        assert (await say(stream, request_headers())).WhichOneof("response") == "request_headers"
+        assert len(served.unknown) == 1
+        await stream.done_writing()
+        report = await served.report()
+        assert report.unexpected_messages == 0
+
+
+async def test_after_a_retry_in_flight_is_where_the_request_is() -> None:
+    async with service() as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        await say(stream, request_body())
+        await say(stream, response_headers(upstream="10.0.0.2:8000"))
+        assert list(served.in_flight) == [(MODEL, "10.0.0.2:8000", 1)]
+        stream.cancel()
+        assert (await served.report()).served_by == endpoint(2, models=("other",))
+        assert served.in_flight.total == 0
+
+
+async def test_an_answer_of_envoys_own_without_a_pod() -> None:
+    async with service() as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        await say(stream, response_headers("408", upstream="10.0.0.2:8000"))
+        await stream.done_writing()
+        assert await ended(stream)
+        assert (await served.report()).decision is None
+        assert served.in_flight.total == 0
+
+
+async def test_bytes_that_are_no_message_end_the_stream() -> None:
+    async with service() as served, grpc.aio.insecure_channel(served.address) as channel:
+        method = channel.stream_stream(f"/{wire.PROCESS}/Process", bytes, bytes)
+        stream = method(None)
+        await stream.write(b"\xff\xff\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stream.read()
+        assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await until(lambda: served.processor.live == 0)
+        assert len(served.unknown) == 1
+
+
+async def test_many_streams_at_once() -> None:
+    async with service() as served:
+        streams = [served.open() for _ in range(20)]
+        await asyncio.gather(*(until_answer(stream) for stream in streams))
+        assert served.in_flight.total == served.processor.live == 20
+        for stream in streams[::2]:
+            stream.cancel()
+        for stream in streams[1::2]:
+            await stream.done_writing()
+        await served.processor.drained()
+        assert (served.in_flight.total, len(served.told.reports)) == (0, 20)
+
+
+# -- drain ---------------------------------------------------------------------------------------------------------
+
+
+async def test_streams_of_which_nothing_is_to_be_read_are_given_back() -> None:
+    async with service() as served:
+        held, reading, waiting = served.open(), served.open(), served.open()
+        await say(held, request_headers("/v1/models", end=True))
+        await say(held, response_headers(content_type="text/plain"))
+        await until_answer(reading)
+        await say(waiting, request_headers())
+
+        served.processor.give_back(held_only=True)
+        assert await ended(held)
+        assert await held.code() is grpc.StatusCode.OK
+        await until(lambda: served.processor.live == 2)
+        assert [report.outcome for report in served.told.reports] == ["success"]
+
+        assert (await say(reading, response_body(sse(token())))).WhichOneof("response") == "response_body"
+        served.processor.give_back(held_only=False)
+        assert await ended(reading)
+        assert await reading.code() is grpc.StatusCode.OK
+        await until(lambda: served.processor.live == 1)
+        assert served.told.reports[-1].outcome == "drained"
+
+        waiting.cancel()  # it has no pod yet, so it is not given back
+        await served.processor.drained()
+        assert served.in_flight.total == 0
+
+
+async def test_what_is_held_back_goes_out_before_a_stream_is_given_back() -> None:
+    async with service() as served:
+        stream = served.open()
+        await until_answer(stream)
+        text = sse(token("one"), token("two"))
+        first = await say(stream, response_body(text[:20]))
+        assert first.response_body.response.body_mutation.clear_body
+        served.processor.give_back(held_only=False)
+        second = await say(stream, response_body(text[20:40]))
+        assert second.response_body.response.body_mutation.body == text[:40]
+        served.processor.give_back(held_only=False)
+        assert await ended(stream)
+        assert await stream.code() is grpc.StatusCode.OK
+
+
+async def test_drained_at_once_where_nothing_is_open() -> None:
+    async with service() as served:
+        async with asyncio.timeout(1):
+            await served.processor.drained()
+        served.processor.give_back(held_only=False)
+
+
+# -- defects -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_hook_with_a_defect_disturbs_nobody() -> None:
+    async with service(hooks=[BrokenHook()]) as served:
+        stream = served.open()
+        await until_answer(stream)
+        await say(stream, response_body(sse(token(), "[DONE]"), end=True))
+        await stream.done_writing()
+        assert await ended(stream)
+        assert await stream.code() is grpc.StatusCode.OK
+        assert (await served.report()).outcome == "success"
+        assert len(served.told.decisions) == 1
+        assert served.in_flight.total == 0
+
+
+async def test_a_defect_ends_one_stream_and_no_other() -> None:
+    async with service(director=BrokenDirector) as served:
+        other, stream = served.open(), served.open()
+        await say(other, request_headers())
+        await say(stream, request_headers())
+        await stream.write(request_body())
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stream.read()
+        assert failed.value.code() is grpc.StatusCode.INTERNAL
+        assert failed.value.details() == "internal error"
+        await until(lambda: served.processor.live == 1)
+        (report,) = served.told.reports
+        assert (report.outcome, report.error_type, report.error) == ("error", "internal", "Defect")
+        assert (await say(other, request_body(b"{"))).immediate_response.status.code == 400
+        assert served.in_flight.total == 0
