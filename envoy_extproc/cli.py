@@ -162,6 +162,7 @@ def bootstrap_options(settings: Settings, endpoints: tuple[Endpoint, ...]) -> Bo
         fail_open=settings.fail_open,
         max_body_bytes=settings.server.max_body_bytes,
         tries=settings.routing.tries,
+        message_timeout=settings.envoy.message_timeout_seconds,
     )
 
 

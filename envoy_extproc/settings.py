@@ -133,6 +133,9 @@ class EnvoySettings(_Section):
     """Envoy's admin port can stop it: loopback alone."""
     servers: tuple[Address, ...] = ()
     """Further ext_proc addresses besides `server.listen`."""
+    message_timeout_seconds: float = Field(default=10, gt=0, le=600)
+    """How long Envoy waits for a reply. 2,000 requests that arrive at once take a server on a busy core 2 seconds; with
+    less time than that Envoy would let some of them past. A server that is dead is noticed by its connection."""
     fail_open: Literal["auto"] | bool = "auto"
     """auto: open while neither authentication nor limits are on, since then nothing is guarded by being closed."""
 

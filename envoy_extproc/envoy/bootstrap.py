@@ -84,7 +84,7 @@ class BootstrapOptions(msgspec.Struct, frozen=True, kw_only=True):
     fail_open: bool
     max_body_bytes: int
     tries: int = 3
-    message_timeout: float = 2.0
+    message_timeout: float = 10.0
 
 
 def bootstrap(options: BootstrapOptions) -> str:

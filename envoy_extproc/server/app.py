@@ -36,6 +36,9 @@ _STOP_GRACE_SECONDS = 5.0
 """For streams that end while the server stops. 0 would reset them, and Envoy then cuts its clients off."""
 
 
+_DRAIN_STEP_SECONDS = 0.05
+
+
 class App:
     """One server.
 
@@ -111,10 +114,11 @@ class App:
         """Readiness off, then wait for the streams under way, then give back what is left, then stop."""
         log.info("draining", streams=self._processor.live)
         await self._health.set_ready(False)
-        self._processor.give_back(held_only=True)
         try:
             async with asyncio.timeout(self._settings.server.drain_seconds):
-                await self._processor.drained()
+                while self._processor.live:
+                    self._processor.give_back(held_only=True)
+                    await asyncio.sleep(_DRAIN_STEP_SECONDS)
         except TimeoutError:
             log.warning("drain_timeout", streams=self._processor.live)
         stopping = asyncio.ensure_future(
@@ -122,7 +126,7 @@ class App:
         )  # takes no more streams from here on
         while not stopping.done():
             self._processor.give_back(held_only=False)  # those that got their pod only now, too
-            await asyncio.wait([stopping], timeout=0.05)
+            await asyncio.wait([stopping], timeout=_DRAIN_STEP_SECONDS)
 
     @asynccontextmanager
     async def _grpc(self) -> AsyncIterator[grpc.aio.Server]:
@@ -190,6 +194,10 @@ def _grpc_options(max_body_bytes: int) -> Iterator[tuple[str, Any]]:
     )  # the default of 4 MiB is a 500 in Envoy
     yield "grpc.max_send_message_length", max_body_bytes + 1_048_576
     yield "grpc.so_reuseport", 0  # a stale process on the port would silently take connections
+    # A burst waits its turn. By default gRPC cancels some of more than 1,000 streams that have not been taken up yet, and
+    # Envoy, failing open, then serves those requests without us.
+    yield "grpc.server.max_pending_requests", 1_000_000
+    yield "grpc.server.max_pending_requests_hard_limit", 1_000_000
     yield "grpc.http2.max_ping_strikes", 0  # Envoy's keepalive pings would be answered with GOAWAY
 
 

@@ -135,8 +135,6 @@ class ExternalProcessor:
         self._message_unknown = message_unknown
         self._clock = clock
         self._live: dict[asyncio.Task[None], Call] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     def handler(self) -> grpc.GenericRpcHandler[wire.ProcessingRequest, wire.ProcessingResponse]:
         """What a gRPC server needs to serve it, under Envoy's name."""
@@ -159,7 +157,6 @@ class ExternalProcessor:
         exchange = Exchange(self._settings, self._director.lookup, new_request_id)
         call = Call(exchange, self._director, self._in_flight, self._hooks)
         self._live[task] = call
-        self._idle.clear()
         failure: str | None = None
         try:
             await self._converse(call, context)
@@ -179,8 +176,6 @@ class ExternalProcessor:
             await context.abort(grpc.StatusCode.INTERNAL, "internal error")
         finally:
             del self._live[task]
-            if not self._live:
-                self._idle.set()
             call.receive(StreamClosed(self._clock(), draining=call.returning, failure=failure))
 
     async def _converse(self, call: Call, context: Context) -> None:
@@ -218,7 +213,3 @@ class ExternalProcessor:
             else:
                 call.returning = True
                 task.cancel()
-
-    async def drained(self) -> None:
-        """Returns when no stream is open."""
-        await self._idle.wait()

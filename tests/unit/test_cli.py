@@ -79,6 +79,27 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "none.yaml" in done.stderr
 
 
+def test_no_local_variable_gets_into_the_log() -> None:
+    """A defect is logged with its traceback; a request's headers and body are locals of the frames in it."""
+    defect = """
+from envoy_extproc.cli import _log_as_json
+import structlog
+_log_as_json()
+def handle(authorization):
+    raise ValueError("a defect")
+try:
+    handle("Bearer sk-" + "secret")
+except ValueError:
+    structlog.get_logger().exception("exchange_failed")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", defect], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert "a defect" in done.stdout
+    assert "handle" in done.stdout
+    assert "sk-secret" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("fail_open", [True, False])
 def test_bootstrap_is_valid_for_envoy(config: Path, tmp_path: Path, fail_open: bool) -> None:
     config.write_text(
