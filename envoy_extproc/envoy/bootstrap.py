@@ -303,7 +303,11 @@ def _server_cluster(name: str, options: BootstrapOptions) -> Json:
     http2 = {
         "initial_stream_window_size": _WINDOW,
         "initial_connection_window_size": 16 * _WINDOW,
-        "max_concurrent_streams": 1_000_000,
+        "max_concurrent_streams": _BREAKER,
+        # Each exchange that ends sends one RST_STREAM. More than 1,000 of them queued at once, and Envoy's flood
+        # protection would take this server for an attacker and fail the streams that are left.
+        "max_outbound_frames": _BREAKER,
+        "max_outbound_control_frames": _BREAKER,
         "connection_keepalive": {"interval": "30s", "timeout": "5s"},
     }
     return {

@@ -5,6 +5,7 @@ One reader an exchange, either for an event stream or for a JSON body; both writ
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -157,6 +158,7 @@ class _Body(msgspec.Struct):
 
 
 _BODY = msgspec.json.Decoder(_Body)
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 class StreamReader:
@@ -230,7 +232,7 @@ class StreamReader:
             self.seen.done = True
             return None
         try:
-            body = lenient.decode(_BODY, data)
+            body = _body(data)
         except lenient.Malformed:
             self.seen.unreadable += 1
             return None
@@ -277,7 +279,7 @@ class JsonReader:
         if self.seen.oversized or not text:
             return b""
         try:
-            body = lenient.decode(_BODY, text)
+            body = _body(text)
         except lenient.Malformed:
             self.seen.unreadable += 1
             return b""
@@ -285,6 +287,34 @@ class JsonReader:
         self.seen.first_token_at = self.seen.last_token_at = None  # a JSON answer comes at once
         self.seen.done = True
         return b""
+
+
+def _body(text: bytes) -> _Body:
+    """The members that count.
+
+    Raises:
+        Malformed: it is no JSON object.
+    """
+    try:
+        return lenient.decode(_BODY, text)
+    except lenient.Mismatch:
+        return _mended(lenient.decode(_OBJECT, text))
+
+
+def _mended(members: dict[str, Any]) -> _Body:
+    """An object with a member of a type nobody expected: that one counts for what can be made of it, the others stay."""
+    body = _Body(**{name: members.get(name) for name in ("error", "object", "message", "type", "code")})
+    with suppress(lenient.Mismatch):
+        body.usage = msgspec.convert(members.get("usage", msgspec.UNSET), _Usage | None, strict=False)
+    body.choices = [_choice(each) for each in msgspec.convert(members.get("choices") or [], list)]
+    return body
+
+
+def _choice(value: object) -> _Choice:
+    try:
+        return msgspec.convert(value, _Choice)
+    except lenient.Mismatch:
+        return _Choice(text=str(value))  # it brings something, about so long
 
 
 def _note_body(seen: Seen, body: _Body, now: float) -> None:
