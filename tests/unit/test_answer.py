@@ -600,3 +600,46 @@ def test_hiding_never_touches_an_event_without_usage(values: list[object], junk:
 def test_both_are_readers(reader: Reader) -> None:
     assert reader.finish(0.0) == b""
     assert reader.seen.usage is None
+
+
+ODD = {
+    # an event with a member of a type nobody expects: what is hidden, usage, pieces of text
+    "content in parts": (
+        b'{"choices":[{"delta":{"content":[{"type":"text","text":"hi"}]}}]}',
+        False,
+        None,
+        1,
+    ),
+    "counts as floats": (
+        b'{"choices":[],"usage":{"prompt_tokens":12.0,"completion_tokens":3}}',
+        True,
+        (12, 3),
+        0,
+    ),
+    "counts as text": (
+        b'{"choices":[],"usage":{"prompt_tokens":"12","completion_tokens":"3"}}',
+        True,
+        (12, 3),
+        0,
+    ),
+    "usage is a number": (b'{"choices":[],"usage":5}', False, None, 0),
+    "tool calls are text": (
+        b'{"choices":[{"delta":{"tool_calls":"f()"}}],"usage":{"prompt_tokens":1}}',
+        False,
+        (1, 0),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_member_of_an_odd_type_spoils_no_event(name: str) -> None:
+    data, hidden, usage, pieces = ODD[name]
+    reader = StreamReader(hide_usage=True, max_event_bytes=10_000)
+    event = b"data: " + data + b"\n\n"
+    shown = reader.feed(event, 1.0)
+    assert shown == (b"" if hidden else None)
+    seen = reader.seen
+    assert seen.unreadable == 0
+    assert seen.token_events == pieces
+    assert (seen.usage and (seen.usage.prompt_tokens, seen.usage.completion_tokens)) == usage

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.metadata
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import aiohttp
 import pytest
 import yaml
 
-from envoy_extproc.simulation.stack import envoy_binary
+from envoy_extproc.simulation.stack import envoy_binary, free_port
 
 VALID = """
 discovery:
@@ -130,4 +135,45 @@ def test_serve_says_when_a_port_is_taken(config: Path) -> None:
         done = run("serve", config=config)
     assert done.returncode == 2
     assert str(port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_version_is_the_packages() -> None:
+    assert run("version").stdout.strip() == importlib.metadata.version("envoy-extproc")
+
+
+async def test_engine_serves_until_it_is_told_to_stop() -> None:
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        *(
+            sys.executable,
+            "-m",
+            "envoy_extproc",
+            "engine",
+            "--port",
+            str(port),
+            "--model",
+            "a",
+            "--model",
+            "b",
+        )
+    )
+    async with asyncio.timeout(20), aiohttp.ClientSession() as session:
+        models: list[str] = []
+        while not models:
+            await asyncio.sleep(0.05)
+            with suppress(aiohttp.ClientConnectionError):
+                async with session.get(f"http://127.0.0.1:{port}/v1/models") as answer:
+                    models = [model["id"] for model in (await answer.json())["data"]]
+        assert models == ["a", "b"]
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
+def test_engine_says_when_its_port_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("engine", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
