@@ -20,6 +20,8 @@ _HEAD = """# Configuration
 
 One YAML file, `-c FILE`. Every key can also come from the environment as `ENVOY_EXTPROC_<SECTION>__<KEY>`
 (`ENVOY_EXTPROC_ROUTING__POLICY=random`), which wins over the file. An unknown key, in either, is an error that names it.
+Variables without `__` that name no whole section, such as Kubernetes' `ENVOY_EXTPROC_SERVICE_HOST` for a Service called
+`envoy-extproc`, are ignored.
 `envoy-extproc config check -c FILE` says what a file means, or what is wrong with it.
 
 ```yaml

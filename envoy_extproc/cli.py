@@ -23,6 +23,7 @@ from envoy_extproc.discovery.static import load as load_endpoint_file
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.engines.dialects import DIALECTS
 from envoy_extproc.envoy.bootstrap import BootstrapOptions, bootstrap
+from envoy_extproc.envoy.eds import EndpointsFile
 from envoy_extproc.scheduling.registry import POLICIES
 from envoy_extproc.server.app import App, static_endpoints
 from envoy_extproc.settings import Settings, SettingsError
@@ -31,6 +32,7 @@ from envoy_extproc.simulation.demo import run as run_demo
 from envoy_extproc.simulation.engine import run_engine
 from envoy_extproc.simulation.options import EngineOptions
 from envoy_extproc.simulation.stack import StackError
+from envoy_extproc.telemetry.log import sanitise
 
 cli = typer.Typer(
     add_completion=False,
@@ -163,6 +165,8 @@ def bootstrap_options(settings: Settings, endpoints: tuple[Endpoint, ...]) -> Bo
         max_body_bytes=settings.server.max_body_bytes,
         tries=settings.routing.tries,
         message_timeout=settings.envoy.message_timeout_seconds,
+        endpoints_file=settings.envoy.endpoints_file,
+        watched=settings.discovery.static is not None and settings.discovery.static.file is not None,
     )
 
 
@@ -177,7 +181,9 @@ async def _serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await App(settings).run(stop)
+    path = settings.envoy.endpoints_file
+    app = App(settings) if path is None else App(settings, on_snapshot=EndpointsFile(path).write)
+    await app.run(stop)
 
 
 async def _engine(options: EngineOptions) -> None:
@@ -238,6 +244,7 @@ def _log_as_json() -> None:
             structlog.processors.ExceptionRenderer(
                 structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
             ),
+            sanitise,  # right before the renderer: what is no UTF-8 would lose the line
             structlog.processors.JSONRenderer(serializer=lambda line, **_: msgspec.json.encode(line)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

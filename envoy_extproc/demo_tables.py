@@ -41,11 +41,15 @@ class DemoTables:
 
     def starting(self, pods: Sequence[str]) -> None:
         """See `Narrator`."""
-        self._console.print(f"Starting a real Envoy and envoy-extproc in front of {', '.join(pods)} ...")
+        self._console.print(
+            f"Starting a real Envoy and envoy-extproc in front of {', '.join(pods)} ...", soft_wrap=True
+        )
 
     def ready(self, stack: Stack) -> None:
         """See `Narrator`."""
-        self._console.print(f"Ready: clients at [bold]{stack.url}[/], metrics at {stack.admin_url()}/metrics")
+        self._console.print(
+            f"Ready: clients at [bold]{stack.url}[/], metrics at {stack.admin_url()}/metrics", soft_wrap=True
+        )
 
     def section(self, title: str) -> None:
         """See `Narrator`."""
@@ -85,7 +89,7 @@ class DemoTables:
             if name.startswith("envoy_extproc_errors_total"):
                 errors[name.partition('error_type="')[2].partition('"')[0]] += value
         told = ", ".join(f"{kind} {count:g}" for kind, count in sorted(errors.items()))
-        self._console.print(f"In flight now: {in_flight:g}.  Errors by whose fault: {told}.")
+        self._console.print(f"In flight now: {in_flight:g}.  Errors by whose fault: {told}.", soft_wrap=True)
         hidden = sum(1 for each in outcomes if each.report["stream"] and not each.saw_usage)
         self._console.print(
             f"{hidden} streams were accounted while their clients saw no usage, as they had asked."

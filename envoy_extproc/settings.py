@@ -1,7 +1,8 @@
 """The settings: one frozen model per concern, each default with its reason. The only reader of file and environment.
 
 Every key can also come from the environment as ``ENVOY_EXTPROC_<SECTION>__<KEY>``, which wins over the file. An
-unknown key, in file or environment, is an error that names it.
+unknown key, in file or environment, is an error that names it. Variables of other shapes are somebody else's: for a
+Service called envoy-extproc Kubernetes puts ``ENVOY_EXTPROC_SERVICE_HOST`` and the like into every pod.
 """
 
 from __future__ import annotations
@@ -29,6 +30,15 @@ def _checked_address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_checked_address)]
+
+
+def _checked_json_file(value: Path) -> Path:
+    if value.suffix != ".json":
+        raise ValueError("must end in .json")
+    return value
+
+
+JsonFile = Annotated[Path, AfterValidator(_checked_json_file)]
 
 
 class SettingsError(ValueError):
@@ -136,6 +146,9 @@ class EnvoySettings(_Section):
     message_timeout_seconds: float = Field(default=10, gt=0, le=600)
     """How long Envoy waits for a reply. 2,000 requests that arrive at once take a server on a busy core 2 seconds; with
     less time than that Envoy would let some of them past. A server that is dead is noticed by its connection."""
+    endpoints_file: JsonFile | None = None
+    """Where `serve` writes the endpoints for Envoy to read, at the start and whenever they change; .json, for Envoy reads
+    it by its ending. null: they stand in the bootstrap, and Envoy knows no others."""
     fail_open: Literal["auto"] | bool = "auto"
     """auto: open while neither authentication nor limits are on, since then nothing is guarded by being closed."""
 
@@ -273,10 +286,14 @@ def _check_policies(settings: Settings, policies: tuple[str, ...], source: str) 
 
 
 def _check_environment(environment: Mapping[str, str]) -> None:
-    """pydantic-settings passes over variables whose section it does not know."""
+    """pydantic-settings passes over variables whose section it does not know; those that are ours must not be.
+
+    Ours has ``__`` behind the prefix. A whole section, which has none, is known by its name alone, and any other name
+    without it is no mistake: it may be one of Kubernetes' service links.
+    """
     sections = {name.upper() for name in Settings.model_fields}
     for name in environment:
-        if name.startswith(ENV_PREFIX):
-            section = name.removeprefix(ENV_PREFIX).partition("__")[0]
-            if section not in sections:
+        if name.upper().startswith(ENV_PREFIX):
+            section, delimiter, _ = name.upper().removeprefix(ENV_PREFIX).partition("__")
+            if delimiter and section not in sections:
                 raise SettingsError(f"environment: {name}: unknown key")

@@ -59,7 +59,7 @@ class ScrapeSettings(msgspec.Struct, frozen=True, kw_only=True):
     interval: float = 0.2
     jitter: float = 0.1
     timeout: float = 1.0
-    max_bytes: int = 2 * 1024 * 1024
+    max_bytes: int = 4 * 1024 * 1024
     concurrency: int = 256
 
 

@@ -6,18 +6,20 @@ What it is careful about, and why:
 - the pod is taken from dynamic metadata, which no client can write, never from a header;
 - every breaker is far above Envoy's default of 1,024: one ext_proc stream lives for each request, and with fail-open
   the default lets requests past this server, unrouted and unaccounted, while every client sees 200;
-- what Envoy answers itself has OpenAI's error shape, since clients parse nothing else.
+- what Envoy answers itself has OpenAI's error shape, since clients parse nothing else; its 503 says when to come again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
 
 from envoy_extproc.endpoints import Endpoint
+from envoy_extproc.envoy.eds import CLUSTER, assignment, socket_address
 from envoy_extproc.exchange.control import DESTINATION
 
 Json = dict[str, Any]
@@ -30,35 +32,53 @@ _LOG_CLUSTER = (
 )
 _TRANSIENT = {"num_retries": 3, "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"}}
 
-_MESSAGES: Sequence[tuple[str, int | None, str, str, str | None]] = (
-    # CEL over Envoy's response code details, status (None leaves it), message, type, code
-    (
-        "response.code_details == 'request_payload_too_large'",
-        413,
-        "The request body is larger than this gateway accepts.",
-        "invalid_request_error",
-        "request_too_large",
+
+class _LocalReply(msgspec.Struct, frozen=True, kw_only=True):
+    """What Envoy says instead of its own words.
+
+    Attributes:
+        when: CEL over Envoy's response code and its details.
+        status: instead of Envoy's; None leaves it.
+        retry_after: seconds for the header of that name, which OpenAI's clients wait for; None for no header.
+    """
+
+    when: str
+    status: int | None = None
+    message: str
+    type: str = "api_error"
+    code: str | None = "service_unavailable"
+    retry_after: int | None = None
+
+
+_NOT_OURS = (
+    "!response.code_details.startsWith('envoy_extproc_')"  # answers of the ext_proc server stay as they are
+)
+_UNREACHABLE = "No model server could be reached, or it stopped answering."
+_LOCAL_REPLIES = (  # the first that fits is taken
+    _LocalReply(
+        when="response.code_details == 'request_payload_too_large'",
+        status=413,
+        message="The request body is larger than this gateway accepts.",
+        type="invalid_request_error",
+        code="request_too_large",
     ),
-    (
-        "response.code_details.startsWith('ext_proc_error')",
-        503,
-        "The gateway cannot route requests at the moment.",
-        "api_error",
-        "service_unavailable",
+    _LocalReply(
+        when="response.code_details.startsWith('ext_proc_error')",
+        status=503,
+        message="The gateway cannot route requests at the moment.",
+        retry_after=1,  # a server that was restarted is back in that time
     ),
-    (
-        "response.code >= 500 && !response.code_details.startsWith('envoy_extproc_')",
-        None,
-        "No model server could be reached, or it stopped answering.",
-        "api_error",
-        "service_unavailable",
+    _LocalReply(
+        when=f"response.code == 503 && {_NOT_OURS}",
+        message=_UNREACHABLE,
+        retry_after=1,  # the scraper has noticed pods that are gone by then
     ),
-    (
-        "response.code >= 400 && !response.code_details.startsWith('envoy_extproc_')",
-        None,
-        "The request could not be taken.",
-        "invalid_request_error",
-        None,
+    _LocalReply(when=f"response.code >= 500 && {_NOT_OURS}", message=_UNREACHABLE),
+    _LocalReply(
+        when=f"response.code >= 400 && {_NOT_OURS}",
+        message="The request could not be taken.",
+        type="invalid_request_error",
+        code=None,
     ),
 )
 
@@ -75,6 +95,8 @@ class BootstrapOptions(msgspec.Struct, frozen=True, kw_only=True):
         max_body_bytes: of a request body, which Envoy buffers.
         tries: endpoints a decision names; retries walk them.
         message_timeout: seconds Envoy waits for a reply.
+        endpoints_file: where Envoy reads the pods instead, as often as it is replaced; None for `endpoints` as they are.
+        watched: whether pods may come and go while Envoy runs.
     """
 
     listen: str
@@ -85,6 +107,8 @@ class BootstrapOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int
     tries: int = 3
     message_timeout: float = 10.0
+    endpoints_file: Path | None = None
+    watched: bool = False
 
 
 def bootstrap(options: BootstrapOptions) -> str:
@@ -92,16 +116,34 @@ def bootstrap(options: BootstrapOptions) -> str:
     mode = "open" if options.fail_open else "closed"
     head = (
         "# Envoy 1.40 bootstrap, printed by `envoy-extproc config envoy`.\n"
-        f"# ext_proc fails {mode}; {len(options.endpoints)} endpoint(s). Print it again when endpoints change:\n"
-        "# Envoy can only be sent to pods it knows.\n"
+        f"# ext_proc fails {mode}; {len(options.endpoints)} endpoint(s). {_advice(options)}"
     )
     return head + yaml.safe_dump(as_dict(options), sort_keys=False, width=110)
 
 
+def _advice(options: BootstrapOptions) -> str:
+    """What to do when endpoints change."""
+    if options.endpoints_file is not None:
+        return (
+            "Envoy reads them from `envoy.endpoints_file`, as often as\n"
+            "# `envoy-extproc serve` replaces it. Start `serve` first: Envoy does not start without the file.\n"
+        )
+    if options.watched:
+        return (
+            "The endpoints file is watched, but not by Envoy:\n"
+            "# it does not know pods added later until this is printed again and Envoy restarted, and gives their\n"
+            "# requests to a pod of its own choice. Set `envoy.endpoints_file`, and Envoy learns of them at once.\n"
+        )
+    return "Print it again when endpoints change:\n# Envoy can only be sent to pods it knows.\n"
+
+
 def as_dict(options: BootstrapOptions) -> Json:
     """The bootstrap as plain values."""
+    # Envoy wants a name as soon as it is told of anything while it runs, by a file too.
+    node = {} if options.endpoints_file is None else {"node": {"id": "gateway", "cluster": "gateway"}}
     return {
-        "admin": {"address": _address(options.admin)},
+        **node,
+        "admin": {"address": socket_address(options.admin)},
         "static_resources": {
             "listeners": [_listener(options)],
             "clusters": [
@@ -128,7 +170,7 @@ def _listener(options: BootstrapOptions) -> Json:
             "initial_connection_window_size": 16 * _WINDOW,
         },
         "early_header_mutation_extensions": [_hygiene()],
-        "local_reply_config": {"mappers": [_mapper(*each) for each in _MESSAGES]},
+        "local_reply_config": {"mappers": [_mapper(each) for each in _LOCAL_REPLIES]},
         "route_config": _routes(options),
         "http_filters": [_ext_proc_filter(options), _router()],
         "access_log": [_access_log()],
@@ -136,7 +178,7 @@ def _listener(options: BootstrapOptions) -> Json:
     chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
     return {
         "name": "gateway",
-        "address": _address(options.listen),
+        "address": socket_address(options.listen),
         "per_connection_buffer_limit_bytes": _WINDOW,
         "filter_chains": [chain],
     }
@@ -162,8 +204,8 @@ def _hygiene() -> Json:
     }
 
 
-def _mapper(condition: str, status: int | None, message: str, kind: str, code: str | None) -> Json:
-    error = {"message": message, "type": kind, "param": None, "code": code}
+def _mapper(reply: _LocalReply) -> Json:
+    error = {"message": reply.message, "type": reply.type, "param": None, "code": reply.code}
     body = msgspec.json.encode({"error": error}).decode()
     mapper: Json = {
         "filter": {
@@ -171,7 +213,7 @@ def _mapper(condition: str, status: int | None, message: str, kind: str, code: s
                 "name": "envoy.access_loggers.extension_filters.cel",
                 "typed_config": {
                     "@type": _TYPE + "extensions.access_loggers.filters.cel.v3.ExpressionFilter",
-                    "expression": condition,
+                    "expression": reply.when,
                 },
             }
         },
@@ -180,7 +222,12 @@ def _mapper(condition: str, status: int | None, message: str, kind: str, code: s
             "content_type": "application/json",
         },
     }
-    return mapper if status is None else mapper | {"status_code": status}
+    if reply.status is not None:
+        mapper["status_code"] = reply.status
+    if reply.retry_after is not None:
+        header = {"key": "retry-after", "value": str(reply.retry_after)}
+        mapper["headers_to_add"] = [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]
+    return mapper
 
 
 def _access_log() -> Json:
@@ -202,7 +249,7 @@ def _access_log() -> Json:
 
 def _routes(options: BootstrapOptions) -> Json:
     route = {
-        "cluster": "pods",
+        "cluster": CLUSTER,
         "timeout": "0s",  # the default of 15 s ends long answers
         "idle_timeout": "600s",
         "retry_policy": {
@@ -245,7 +292,7 @@ def _ext_proc_filter(options: BootstrapOptions) -> Json:
                 "request_body_mode": "BUFFERED",
                 "response_header_mode": "SEND",
                 "response_body_mode": "NONE",
-                "request_trailer_mode": "SKIP",
+                "request_trailer_mode": "SEND",
                 "response_trailer_mode": "SKIP",
             },
             "response_attributes": [
@@ -288,15 +335,25 @@ def _pods(options: BootstrapOptions) -> Json:
         "explicit_http_config": {"http_protocol_options": {}},
     }
     return {
-        "name": "pods",
-        "type": "STATIC",
+        "name": CLUSTER,
+        **_members(options),
         "connect_timeout": "1s",
         "per_connection_buffer_limit_bytes": _WINDOW,
         "circuit_breakers": _breakers(),
         "load_balancing_policy": {"policies": [{"typed_extension_config": override}]},
         "typed_extension_protocol_options": _protocol_options(protocol),
-        "load_assignment": _assignment("pods", [endpoint.address for endpoint in options.endpoints]),
     }
+
+
+def _members(options: BootstrapOptions) -> Json:
+    """Who is in the cluster of pods: as it is written here, or as the file says at the moment."""
+    if options.endpoints_file is None:
+        addresses = [endpoint.address for endpoint in options.endpoints]
+        return {"type": "STATIC", "load_assignment": assignment(CLUSTER, addresses)}
+    path = options.endpoints_file.absolute()  # Envoy may be started in another directory
+    source = {"path": str(path), "watched_directory": {"path": str(path.parent)}}
+    config = {"path_config_source": source, "resource_api_version": "V3"}
+    return {"type": "EDS", "eds_cluster_config": {"eds_config": config}}
 
 
 def _server_cluster(name: str, options: BootstrapOptions) -> Json:
@@ -330,7 +387,7 @@ def _server_cluster(name: str, options: BootstrapOptions) -> Json:
         "typed_extension_protocol_options": _protocol_options(
             {"explicit_http_config": {"http2_protocol_options": http2}}
         ),
-        "load_assignment": _assignment(name, options.servers),
+        "load_assignment": assignment(name, options.servers),
     }
 
 
@@ -354,13 +411,3 @@ def _breakers() -> Json:
 def _protocol_options(options: Mapping[str, Any]) -> Json:
     name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
     return {name: {"@type": f"type.googleapis.com/{name}", **options}}
-
-
-def _assignment(cluster: str, addresses: Sequence[str]) -> Json:
-    hosts = [{"endpoint": {"address": _address(address)}} for address in addresses]
-    return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": hosts}]}
-
-
-def _address(address: str) -> Json:
-    host, _, port = address.rpartition(":")
-    return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}

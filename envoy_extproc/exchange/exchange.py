@@ -15,9 +15,10 @@ Three rules:
     AWAIT_REQUEST_HEADERS --headers--> AWAIT_REQUEST_BODY --body--> AWAIT_DECISION --Scheduled--> AWAIT_RESPONSE_HEADERS
              |                                |                          |                          |            |
              +--no body: AWAIT_DECISION       +--bad: ANSWERED           +--Refused: ANSWERED    AWAIT_RESPONSE_BODY |
-                                                                                                    +--------> HELD
+                                              +--trailers: ANSWERED                                 +--------> HELD
 
-HELD is: nothing more has to be read, only the end is awaited.
+HELD is: nothing more has to be read, only the end is awaited. A request with trailers and no DATA frame has no body
+message: the trailers come in its place. Behind a body they come by themselves and change nothing.
 """
 
 from __future__ import annotations
@@ -195,18 +196,25 @@ class Exchange:
         return (PASS[Phase.REQUEST_HEADERS],)
 
     def request_body(self, event: RequestBody) -> Sequence[Command]:
-        """The whole body: reads it, and asks the engine for usage in it where the client did not."""
+        """The whole body: reads it, and asks the engine for usage in it where none would come by itself."""
         assert self._route is not None
         try:
             inference = self._decode(event.data, self._route)
         except GatewayError as error:
             return self._refuse(error)
         self.record.inference = inference
-        if inference.stream and not inference.usage_asked and self._settings.accounting:
-            body = openai_request.ask_for_usage(event.data, inference)
-            self._hide_usage = body != event.data
-            self._rewritten = body if self._hide_usage else None
+        if inference.stream and inference.add_usage and self._settings.accounting:
+            self._rewritten = openai_request.ask_for_usage(event.data, inference)
+            self._hide_usage = True
         return self._schedule(Phase.REQUEST_BODY, model=inference.model)
+
+    def request_without_body(self, _: RequestTrailers) -> Sequence[Command]:
+        """Trailers where the body should be: there is none. Let through, the request would reach a pod unrouted."""
+        return self._refuse(BadRequest("The request has no body."))
+
+    def request_trailers(self, _: RequestTrailers) -> Sequence[Command]:
+        """The end of a request whose body came before: nothing in them is read."""
+        return (PASS[Phase.REQUEST_TRAILERS],)
 
     def _decode(self, body: bytes, route: routes.Route) -> openai_request.InferenceRequest:
         if len(body) > self._settings.max_body_bytes:
@@ -409,13 +417,19 @@ _CLOSE: Mapping[type[Any], Handler] = {StreamClosed: Exchange.stream_closed}
 TABLE: Mapping[State, Mapping[type[Any], Handler]] = {
     State.AWAIT_REQUEST_HEADERS: {RequestHeaders: Exchange.request_headers, **_CLOSE},
     # Envoy answers by itself (413, a timeout) while the body is awaited: its answer passes through here too.
+    # So does a pod's, if Envoy is configured to let a request past without its body: see `Record`.
     State.AWAIT_REQUEST_BODY: {
         RequestBody: Exchange.request_body,
+        RequestTrailers: Exchange.request_without_body,
         ResponseHeaders: Exchange.response_headers,
         **_CLOSE,
     },
     State.AWAIT_DECISION: {Scheduled: Exchange.scheduled, Refused: Exchange.refused, **_CLOSE},
-    State.AWAIT_RESPONSE_HEADERS: {ResponseHeaders: Exchange.response_headers, **_CLOSE},
+    State.AWAIT_RESPONSE_HEADERS: {
+        ResponseHeaders: Exchange.response_headers,
+        RequestTrailers: Exchange.request_trailers,
+        **_CLOSE,
+    },
     State.AWAIT_RESPONSE_BODY: {
         ResponseBody: Exchange.response_body,
         ResponseTrailers: Exchange.response_trailers,
@@ -433,13 +447,17 @@ NEXT: Mapping[State, Mapping[type[Any], frozenset[State]]] = {
     },
     State.AWAIT_REQUEST_BODY: {
         RequestBody: frozenset({State.AWAIT_DECISION, State.ANSWERED}),
+        RequestTrailers: frozenset({State.ANSWERED}),
         ResponseHeaders: frozenset({State.HELD}),
     },
     State.AWAIT_DECISION: {
         Scheduled: frozenset({State.AWAIT_RESPONSE_HEADERS}),
         Refused: frozenset({State.ANSWERED}),
     },
-    State.AWAIT_RESPONSE_HEADERS: {ResponseHeaders: frozenset({State.AWAIT_RESPONSE_BODY, State.HELD})},
+    State.AWAIT_RESPONSE_HEADERS: {
+        ResponseHeaders: frozenset({State.AWAIT_RESPONSE_BODY, State.HELD}),
+        RequestTrailers: frozenset({State.AWAIT_RESPONSE_HEADERS}),
+    },
     State.AWAIT_RESPONSE_BODY: {
         ResponseBody: frozenset({State.AWAIT_RESPONSE_BODY, State.HELD}),
         ResponseTrailers: frozenset({State.HELD}),

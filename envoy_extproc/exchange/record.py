@@ -120,19 +120,21 @@ class Record:
             return "error", "internal", closed.failure
         if self.refusal is not None:
             return "refused", self.refusal.error_type, self.refusal.detail
+        if self.served_address is not None and self.decision is None:
+            return "error", "internal", "served-undecided"  # a pod answered what nobody had sent there
         if self.status is None or not self.answer_ended:
             early = self._ended_early(closed)
             if early is not None:
                 return early
         if self.status is not None and self.status >= 400:
-            if self.local_reply is not None:
-                return (
-                    "error",
-                    fault_of_envoy(self.status),
-                    first_word(self.local_reply) or f"envoy-{self.status}",
-                )
-            return "error", fault_of(self.status), f"status-{self.status}"
+            return self._verdict_on_failure(self.status)
         return self._verdict_on_answer()
+
+    def _verdict_on_failure(self, status: int) -> Verdict:
+        """How an answer failed that says so itself: an engine's, or Envoy's own."""
+        if self.local_reply is None:
+            return "error", fault_of(status), f"status-{status}"
+        return "error", fault_of_envoy(status), first_word(self.local_reply) or f"envoy-{status}"
 
     def _ended_early(self, closed: StreamClosed) -> Verdict | None:
         """The verdict on an exchange that ended before its answer did; None if that cannot be told."""

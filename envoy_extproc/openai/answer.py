@@ -126,7 +126,6 @@ class _Details(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    total_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
 
 
@@ -157,6 +156,7 @@ class _Body(msgspec.Struct):
     code: Any = None
 
 
+_MOST_TOKENS = 2**63
 _BODY = msgspec.json.Decoder(_Body)
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
@@ -304,10 +304,29 @@ def _body(text: bytes) -> _Body:
 def _mended(members: dict[str, Any]) -> _Body:
     """An object with a member of a type nobody expected: that one counts for what can be made of it, the others stay."""
     body = _Body(**{name: members.get(name) for name in ("error", "object", "message", "type", "code")})
-    with suppress(lenient.Mismatch):
-        body.usage = msgspec.convert(members.get("usage", msgspec.UNSET), _Usage | None, strict=False)
+    usage = members.get("usage", msgspec.UNSET)
+    if usage is None or isinstance(usage, dict):
+        body.usage = None if usage is None else _mended_usage(usage)
     body.choices = [_choice(each) for each in msgspec.convert(members.get("choices") or [], list)]
     return body
+
+
+def _mended_usage(members: dict[str, Any]) -> _Usage:
+    """Usage with a member of a type nobody expected, which counts as missing if it is no whole number after all."""
+    details = members.get("prompt_tokens_details")
+    cached = _number(details.get("cached_tokens")) if isinstance(details, dict) else None
+    return _Usage(
+        prompt_tokens=_number(members.get("prompt_tokens")),
+        completion_tokens=_number(members.get("completion_tokens")),
+        prompt_tokens_details=_Details(cached),
+    )
+
+
+def _number(value: object) -> int | None:
+    """A whole number, also one written ``7.0`` or ``"7"``."""
+    with suppress(lenient.Mismatch):
+        return msgspec.convert(value, int, strict=False)
+    return None
 
 
 def _choice(value: object) -> _Choice:
@@ -330,14 +349,19 @@ def _note_body(seen: Seen, body: _Body, now: float) -> None:
     if isinstance(usage, _Usage):
         details = usage.prompt_tokens_details
         seen.usage = Usage(
-            prompt_tokens=usage.prompt_tokens or 0,
-            completion_tokens=usage.completion_tokens or 0,
-            cached_tokens=None if details is None else details.cached_tokens,
+            prompt_tokens=_count(usage.prompt_tokens) or 0,
+            completion_tokens=_count(usage.completion_tokens) or 0,
+            cached_tokens=None if details is None else _count(details.cached_tokens),
         )
     if body.error is not None:
         seen.error = engine_error(body.error)
     elif body.object == "error":
         seen.error = engine_error({"message": body.message, "type": body.type, "code": body.code})
+
+
+def _count(tokens: int | None) -> int | None:
+    """A number of tokens; None for one that cannot be: nobody has fewer than none, or more than 64 bits hold."""
+    return tokens if tokens is not None and 0 <= tokens < _MOST_TOKENS else None
 
 
 def _text_length(choice: _Choice) -> int | None:

@@ -1,6 +1,6 @@
 """Decoding JSON as liberally as engines do: msgspec first, Python's own decoder as a second opinion.
 
-Engines are Python programs; their decoder takes ``NaN`` and a lone surrogate escape, msgspec does not. What an engine
+Engines are Python programs; their decoder takes ``NaN``, ``1e400`` and a lone surrogate escape, msgspec does not. What an engine
 would have read must not be refused here, so whatever msgspec calls malformed is asked again, at a price only such
 texts pay.
 """
@@ -19,6 +19,9 @@ Malformed = msgspec.DecodeError
 Mismatch = msgspec.ValidationError
 """The text is JSON, but not of the type asked for. A subclass of `Malformed`."""
 
+_OUT_OF_RANGE = "Number out of range"  # how msgspec calls what Python's decoder reads as infinite
+_LARGEST = 1e308
+
 
 def decode(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
     """The value of `text`.
@@ -29,8 +32,10 @@ def decode(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
     """
     try:
         return decoder.decode(text)
-    except Mismatch:
-        raise
+    except Mismatch as error:
+        if _OUT_OF_RANGE not in str(error):
+            raise
+        return _second_opinion(decoder, text, error)
     except RecursionError as error:
         raise Malformed("JSON is nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -41,7 +46,12 @@ def decode(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
 
 def _second_opinion(decoder: msgspec.json.Decoder[T], text: bytes, first: msgspec.DecodeError) -> T:
     try:
-        value = json.loads(text.decode("utf-8-sig"), parse_constant=lambda _: None)
+        value = json.loads(text.decode("utf-8-sig"), parse_constant=_number, parse_float=_number)
     except (ValueError, RecursionError):
         raise first from None
     return decoder.decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _number(text: str) -> float:
+    """A float that JSON can hold: not a number and the infinities stay what they are, a number of no use."""
+    return max(-_LARGEST, min(_LARGEST, float(text)))

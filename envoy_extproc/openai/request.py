@@ -18,6 +18,9 @@ from envoy_extproc.openai.routes import Body, Route
 BYTES_PER_TOKEN = 4
 """English text in the tokenizers of today's models: the usual rule of thumb, AIBrix's too."""
 
+_FALSE_WORDS = frozenset({"0", "off", "f", "false", "n", "no"})
+"""What pydantic, and so the engines, take for false in a string, in any case."""
+
 _BASE64 = re.compile(rb";base64,[A-Za-z0-9+/=]+")
 
 
@@ -27,14 +30,14 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: the model's name.
         stream: whether ``stream`` is literally true; an engine that takes more for true is followed by its answer.
-        usage_asked: whether the client itself asked for usage in the stream.
+        add_usage: whether the engine, left alone, would write no usage into a stream, so that it is to be asked for it.
         stream_options: whether the body has a member of that name.
         prompt_tokens_estimate: prompt tokens guessed from the bytes, for requests no engine ever reports on.
     """
 
     model: str
     stream: bool = False
-    usage_asked: bool = False
+    add_usage: bool = True
     stream_options: bool = False
     prompt_tokens_estimate: int = 0
 
@@ -69,7 +72,7 @@ def decode(body: bytes, route: Route) -> InferenceRequest:
     return InferenceRequest(
         model=fields.model,
         stream=stream,
-        usage_asked=isinstance(options, dict) and options.get("include_usage") is True,
+        add_usage=_declines_usage(options),
         stream_options=options is not msgspec.UNSET,
         prompt_tokens_estimate=estimate_tokens(bytes(getattr(fields, route.prompt))),
     )
@@ -78,7 +81,7 @@ def decode(body: bytes, route: Route) -> InferenceRequest:
 def ask_for_usage(body: bytes, request: InferenceRequest) -> bytes:
     """`body` of a stream `request` with ``stream_options.include_usage`` on, every other byte as it was.
 
-    vLLM's ``continuous_usage_stats`` means nothing to an engine until usage is included; where a client set it
+    Only for a request with `add_usage`. vLLM's ``continuous_usage_stats`` means nothing to an engine until usage is included; where a client set it
     without asking for usage it is turned off, or the engine would write what the client would not have seen.
     """
     options = splice.find(body, "stream_options") if request.stream_options else None
@@ -99,15 +102,29 @@ def estimate_tokens(prompt: bytes) -> int:
     return -(-text // BYTES_PER_TOKEN)
 
 
+def _declines_usage(options: object) -> bool:
+    """Whether every engine would take `options` for no usage.
+
+    An object without ``include_usage`` is not among them: to vLLM that means yes, to SGLang no. What pydantic would not
+    read as a boolean is the engine's to refuse.
+    """
+    if options is None or options is msgspec.UNSET:
+        return True
+    if not isinstance(options, dict) or "include_usage" not in options:
+        return False
+    value = options["include_usage"]
+    if isinstance(value, str):
+        return value.lower() in _FALSE_WORDS
+    return value is None or (isinstance(value, int | float) and value == 0)
+
+
 def _with_usage(options: bytes) -> bytes:
-    if not options.startswith(b"{"):  # null, or what the engine will refuse anyway
-        return b'{"include_usage":true}' if options == b"null" else options
+    if options == b"null":
+        return b'{"include_usage":true}'
     for key, value in (("continuous_usage_stats", b"false"), ("include_usage", b"true")):
         member = splice.find(options, key)
         if member is not None:
             options = splice.replace(options, member.value, member.end, value)
-        elif key == "include_usage":
-            options = splice.append(options, b'"include_usage":true')
     return options
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -59,7 +59,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         decided_by: the policy that did: another one where data was missing.
         fallback_reason: why it was another one; None where it was not.
         chosen: the candidate picked, as it was then.
-        order: the endpoints to try, the chosen one first.
+        order: the endpoints to try, the chosen one first; one comes again where there are fewer than tries.
         candidates: who was left after filtering.
         filtered: names of endpoints taken out, by filter.
         scores: every scorer's word on the candidates.
@@ -122,3 +122,11 @@ class Picker(Protocol):
         rng: random.Random,
     ) -> list[Candidate]:
         """All `candidates`, the chosen one first."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A filter, scorer or picker that remembers something by model, which must not outlive the model."""
+
+    def keep_models(self, models: Collection[str]) -> None:
+        """Forgets what it remembers of models other than these."""

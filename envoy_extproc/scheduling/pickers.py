@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
 
@@ -69,6 +69,11 @@ class RoundRobinPicker:
         turn = next((place for place, c in enumerate(ring) if c.endpoint.address > last), 0)
         self._last[request.model] = ring[turn].endpoint.address
         return ring[turn:] + ring[:turn]
+
+    def keep_models(self, models: Collection[str]) -> None:
+        """See `Remembering`. None, whose turn is that of requests that name no model, is always kept."""
+        for gone in [model for model in self._last if model is not None and model not in models]:
+            del self._last[gone]
 
 
 class PowerOfTwoPicker:

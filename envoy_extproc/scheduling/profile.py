@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.scheduling.interfaces import (
     Candidate,
     Decision,
     Filter,
     MissingDataError,
     Picker,
+    Remembering,
     SchedulingRequest,
     Scorer,
     Scores,
@@ -57,7 +59,7 @@ class Profile:
             request: what is known of the request.
             candidates: who may be chosen.
             rng: breaks ties and draws samples.
-            tries: how many endpoints the order has at most, the chosen one included.
+            tries: how many endpoints the order names, the chosen one included.
         """
         left, filtered = self._filter(request, candidates)
         try:
@@ -74,11 +76,19 @@ class Profile:
             policy=self.name,
             decided_by=self.name,
             chosen=ordered[0],
-            order=tuple(candidate.endpoint for candidate in ordered[:tries]),
+            order=_order(ordered, tries),
             candidates=tuple(left),
             filtered=filtered,
             scores=scores,
         )
+
+    def keep_models(self, models: Collection[str]) -> None:
+        """Forgets what its parts remember of models other than these."""
+        for part in (self._picker, *(scorer for scorer, _ in self._scorers), *self._filters):
+            if isinstance(part, Remembering):
+                part.keep_models(models)
+        if self._fallback is not None:
+            self._fallback.keep_models(models)
 
     def _filter(
         self, request: SchedulingRequest, candidates: Sequence[Candidate]
@@ -112,6 +122,15 @@ class Profile:
             filtered=decision.filtered,
             scores=decision.scores,
         )
+
+
+def _order(ordered: Sequence[Candidate], tries: int) -> tuple[Endpoint, ...]:
+    """Exactly `tries` endpoints; where there are fewer candidates, round again.
+
+    Envoy tries them one by one, as often as `tries` says. A list that ran out before would leave the last tries to
+    Envoy's own load balancer, which knows nothing of models, pins and subsets: another model's pod would answer.
+    """
+    return tuple([ordered[number % len(ordered)].endpoint for number in range(tries)])
 
 
 def _weighted(scores: Sequence[Scores], count: int) -> Sequence[float]:

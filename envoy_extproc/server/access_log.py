@@ -7,6 +7,7 @@ first of a run is said in the log.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -38,6 +39,8 @@ class AccessLog:
         self._bypassed = bypassed
         self._clock = clock
         self._said: float | None = None
+        self._readers: set[asyncio.Task[None]] = set()
+        self._ending = False
 
     def handler(self) -> grpc.GenericRpcHandler[Message, Response]:
         """What a gRPC server needs to serve it, under Envoy's name."""
@@ -49,13 +52,32 @@ class AccessLog:
         return grpc.method_handlers_generic_handler(SERVICE, {"StreamAccessLogs": method})
 
     async def stream_access_logs(self, messages: AsyncIterator[Message], _: Context) -> Response:
-        """Reads one Envoy worker's entries, for as long as it lives."""
+        """Reads one Envoy worker's entries, for as long as it lives or until this server stops."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._readers.add(task)
+        try:
+            await self._read(messages)
+        except asyncio.CancelledError:
+            if not self._ending:
+                raise
+            task.uncancel()
+        finally:
+            self._readers.discard(task)
+        return Response()
+
+    def end(self) -> None:
+        """Ends the streams, which no Envoy does by itself: a server that stops would wait for them."""
+        self._ending = True
+        while self._readers:
+            self._readers.pop().cancel()
+
+    async def _read(self, messages: AsyncIterator[Message]) -> None:
         async for message in messages:
             count = sum(map(is_bypass, message.http_logs.log_entry))
             if count:
                 self._bypassed(count)
                 self._say(count)
-        return Response()
 
     def _say(self, count: int) -> None:
         now = self._clock()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from aiohttp import web
 from envoy_extproc.discovery import Discovery
 from envoy_extproc.discovery.parse import parse_endpoints
 from envoy_extproc.discovery.static import FileDiscovery, StaticDiscovery
-from envoy_extproc.endpoints import Endpoint
+from envoy_extproc.endpoints import Endpoint, Snapshot
 from envoy_extproc.engines.dialects import DIALECTS
 from envoy_extproc.engines.scraper import Scraper, ScrapeSettings
 from envoy_extproc.exchange.exchange import ExchangeSettings
@@ -35,8 +35,10 @@ log = structlog.get_logger()
 _STOP_GRACE_SECONDS = 5.0
 """For streams that end while the server stops. 0 would reset them, and Envoy then cuts its clients off."""
 
-
 _DRAIN_STEP_SECONDS = 0.05
+
+_LOG_FLUSH_SECONDS = 0.5
+"""For the entries of the last exchanges: Envoy writes each up to 0.1 s after its end (`buffer_flush_interval`)."""
 
 
 class App:
@@ -44,16 +46,22 @@ class App:
 
     Args:
         settings: the whole configuration.
+        on_snapshot: is told of every list of endpoints, just before this server chooses among them.
 
     Attributes:
         ext_proc_port: the port gRPC listens on, known once `run` has started.
         admin_port: likewise of the admin HTTP.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, *, on_snapshot: Callable[[Snapshot], None] = lambda _: None
+    ) -> None:
         self._settings = settings
+        self._on_snapshot = on_snapshot
         self._in_flight = InFlight()
-        self._metrics = PrometheusMetrics(self._in_flight_rows)
+        self._metrics = PrometheusMetrics(
+            self._in_flight_rows, known=lambda model: model in self._director.snapshot.by_model
+        )
         self._discovery = _discovery(settings)
         self._scraper = Scraper(
             random.Random(),  # noqa: S311  phases, not secrets
@@ -102,8 +110,8 @@ class App:
 
     async def _discover(self) -> None:
         async for snapshot in self._discovery.snapshots():
-            gone = self._director.snapshot.by_address.keys() - snapshot.by_address.keys()
-            self._metrics.forget_endpoints([self._director.snapshot.by_address[each].name for each in gone])
+            self._on_snapshot(snapshot)
+            self._metrics.snapshot_changed(self._director.snapshot, snapshot)
             self._director.update(snapshot)
             self._scraper.update(snapshot)
             log.info("endpoints", count=len(snapshot.endpoints), models=list(snapshot.models))
@@ -113,7 +121,7 @@ class App:
     async def _drain(self, server: grpc.aio.Server) -> None:
         """Readiness off, then wait for the streams under way, then give back what is left, then stop."""
         log.info("draining", streams=self._processor.live)
-        await self._health.set_ready(False)
+        await self._health.drain()
         try:
             async with asyncio.timeout(self._settings.server.drain_seconds):
                 while self._processor.live:
@@ -121,11 +129,19 @@ class App:
                     await asyncio.sleep(_DRAIN_STEP_SECONDS)
         except TimeoutError:
             log.warning("drain_timeout", streams=self._processor.live)
-        stopping = asyncio.ensure_future(
-            server.stop(_STOP_GRACE_SECONDS)
-        )  # takes no more streams from here on
+        await self._stop(server)
+
+    async def _stop(self, server: grpc.aio.Server) -> None:
+        """Takes no more streams; gives back those that are left, and ends Envoy's access logs behind the last."""
+        clock = asyncio.get_running_loop().time
+        stopping = asyncio.ensure_future(server.stop(_STOP_GRACE_SECONDS))
+        quiet_since = clock()
         while not stopping.done():
             self._processor.give_back(held_only=False)  # those that got their pod only now, too
+            if self._processor.live:
+                quiet_since = clock()
+            elif clock() - quiet_since >= _LOG_FLUSH_SECONDS:
+                self._access_log.end()
             await asyncio.wait([stopping], timeout=_DRAIN_STEP_SECONDS)
 
     @asynccontextmanager

@@ -23,7 +23,7 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         policy: for whoever asks for none.
         model_policies: instead of `policy`, by model.
-        tries: endpoints named to Envoy for one request.
+        tries: endpoints named to Envoy for one request, some more than once where there are fewer.
         allow_pinning: whether `target-pod-ip` is honoured.
         max_stats_age: seconds after which what an engine said is not believed.
     """
@@ -66,8 +66,10 @@ class Director:
         self._rng = rng
 
     def update(self, snapshot: Snapshot) -> None:
-        """Decides among the endpoints of `snapshot` from now on."""
+        """Decides among the endpoints of `snapshot` from now on; policies forget models that nobody serves any more."""
         self.snapshot = snapshot
+        for profile in self._profiles.values():
+            profile.keep_models(snapshot.by_model.keys())
 
     def lookup(self, address: str) -> Endpoint | None:
         """The endpoint of an address; None if discovery does not know it."""

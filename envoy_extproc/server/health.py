@@ -9,6 +9,8 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from envoy_extproc.server import wire
 
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _READINESS = ("", "readiness", wire.PROCESS)
 
 
@@ -21,6 +23,7 @@ class Health:
 
     def __init__(self) -> None:
         self.ready = False
+        self._draining = False
         self._servicer = HealthServicer()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -29,14 +32,17 @@ class Health:
 
     async def start(self) -> None:
         """Alive, not ready."""
-        await self._servicer.set("liveness", health_pb2.HealthCheckResponse.SERVING)
+        await self._servicer.set("liveness", _SERVING)
         await self.set_ready(False)
 
     async def set_ready(self, ready: bool) -> None:
-        """Whether new exchanges are welcome."""
-        self.ready = ready
-        status = (
-            health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        )
+        """Whether new exchanges are welcome. A drain is final: after it they never are again."""
+        self.ready = ready and not self._draining
         for service in _READINESS:
-            await self._servicer.set(service, status)
+            # Looked up each time: a drain may begin between two of them.
+            await self._servicer.set(service, _SERVING if self.ready else _NOT_SERVING)
+
+    async def drain(self) -> None:
+        """No new exchanges from here on."""
+        self._draining = True
+        await self.set_ready(False)

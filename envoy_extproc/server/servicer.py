@@ -42,15 +42,18 @@ class Call:
     Attributes:
         exchange: the core's side of it.
         returning: whether this server is giving the stream back to Envoy.
+        writing: whether a reply is on its way out. Cancelled in the middle of its first one, gRPC would leave the
+            stream open for ever.
     """
 
-    __slots__ = ("_director", "_hooks", "_in_flight", "_lease", "exchange", "returning")
+    __slots__ = ("_director", "_hooks", "_in_flight", "_lease", "exchange", "returning", "writing")
 
     def __init__(
         self, exchange: Exchange, director: Director, in_flight: InFlight, hooks: Sequence[Hook]
     ) -> None:
         self.exchange = exchange
         self.returning = False
+        self.writing = False
         self._director = director
         self._in_flight = in_flight
         self._hooks = hooks
@@ -191,7 +194,9 @@ class ExternalProcessor:
                 continue
             reply = call.receive(event)
             if reply is not None:
+                call.writing = True
                 await context.write(wire.encode(reply))
+                call.writing = False
 
     # -- drain -----------------------------------------------------------------------------------------------------
 
@@ -199,14 +204,15 @@ class ExternalProcessor:
         """Ends streams without an error, so that Envoy carries their exchanges to their end alone.
 
         A request that has no pod yet is never among them: Envoy would send it anywhere. Nor is, until its next reply
-        has gone out, one of whose answer a part is held back here: its client would miss it.
+        has gone out, one of whose answer a part is held back here: its client would miss it. One whose reply is being
+        written is left for the next time.
 
         Args:
             held_only: only those of which nothing more is to be read; their exchanges lose nothing by it.
         """
         states = (State.HELD,) if held_only else _ROUTED
         for task, call in self._live.items():
-            if call.exchange.state not in states or call.returning:
+            if call.exchange.state not in states or call.returning or call.writing:
                 continue
             if call.exchange.holds_back:
                 call.exchange.let_go()

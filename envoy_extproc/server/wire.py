@@ -164,6 +164,10 @@ def _fill(common: ext_proc_pb2.CommonResponse, reply: Continue) -> None:
 def _set_mode(mode: ext_proc_pb2.ProcessingMode, reply: Continue) -> None:
     """An override stands for the whole mode, so what is not meant to change is said again."""
     mode.request_body_mode = _BODY_MODES[reply.request_body or BodyMode.BUFFERED]
+    if reply.request_body is BodyMode.NONE:
+        # To ask about trailers, Envoy 1.40 stops behind a body that it has passed on already, and then passes on what
+        # it keeps of it for retries a second time (envoyproxy/envoy#45470). Left unset, trailers are as configured.
+        mode.request_trailer_mode = _MODE.SKIP
     mode.response_header_mode = _MODE.SEND
     mode.response_body_mode = _BODY_MODES[reply.response_body or BodyMode.NONE]
     # Trailers end a body that is read, in place of a last empty message.

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
+import yaml
 
 from envoy_extproc.simulation.engine import Engine
 from envoy_extproc.simulation.options import EngineOptions
@@ -21,6 +22,8 @@ from envoy_extproc.simulation.stack import Stack, StackError
 
 MODEL = "llama-3-8b"
 PODS = 3
+_DISCOVERY_SECONDS = 10.0
+_NOBODY = "192.0.2.1:8000"  # of a net that is for documentation alone
 _PROMPTS = (
     "What is a KV cache, in one sentence?",
     "Write a haiku about load balancing.",
@@ -100,11 +103,16 @@ async def run(narrator: Narrator, directory: Path, *, engines: Sequence[str], st
     async with AsyncExitStack() as exits:
         pods = [await _real(url) for url in engines] or [await _simulated(exits, n) for n in range(PODS)]
         narrator.starting([f"{pod['name']} ({pod['address']})" for pod in pods])
-        stack = await exits.enter_async_context(Stack(directory, pods, config=_CONFIG))
+        file = directory / "endpoints.yaml"
+        _list(file, pods)
+        config = {**_CONFIG, "discovery": {"static": {"file": str(file)}}}
+        stack = await exits.enter_async_context(Stack(directory, (), config=config))
         narrator.ready(stack)
         session = await exits.enter_async_context(aiohttp.ClientSession(stack.url))
         model = pods[0]["models"][0]
-        outcomes = [
+        # First, because the metrics of a model and its pods go when they do.
+        outcomes = [await _without_pods(narrator, stack, session, model, file=file, pods=pods)]
+        outcomes += [
             outcome async for outcome in _traffic(narrator, stack, session, model, simulated=not engines)
         ]
         narrator.summary(stack, await _metrics(stack), outcomes)
@@ -114,7 +122,13 @@ async def run(narrator: Narrator, directory: Path, *, engines: Sequence[str], st
 _CONFIG: Mapping[str, Mapping[str, Any]] = {
     "server": {"max_body_bytes": 262_144, "drain_seconds": 2},  # so that a body too large is quickly sent
     "engines": {"scrape_interval_ms": 100},
+    "routing": {"allow_pinning": True},  # so that a pin is refused for what it says
 }
+
+
+def _list(file: Path, pods: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the file of endpoints that discovery watches."""
+    file.write_text(yaml.safe_dump({"endpoints": [dict(pod) for pod in pods]}), encoding="utf-8")
 
 
 async def _simulated(exits: AsyncExitStack, number: int) -> Mapping[str, Any]:
@@ -126,7 +140,9 @@ async def _simulated(exits: AsyncExitStack, number: int) -> Mapping[str, Any]:
 
 
 async def _real(url: str) -> Mapping[str, Any]:
-    target = urlsplit(url if "//" in url else f"//{url}")
+    target = urlsplit(url if "//" in url else f"//{url}", scheme="http")
+    if target.scheme != "http":
+        raise StackError(f"{url}: the demo's Envoy speaks plain HTTP to an engine, so give an http:// URL")
     try:
         async with (
             aiohttp.ClientSession() as session,
@@ -158,6 +174,45 @@ async def _traffic(
                 outcome = await _send(stack, session, sample)
                 narrator.outcome(outcome)
                 yield outcome
+
+
+async def _without_pods(
+    narrator: Narrator,
+    stack: Stack,
+    session: aiohttp.ClientSession,
+    model: str,
+    *,
+    file: Path,
+    pods: Sequence[Mapping[str, Any]],
+) -> Outcome:
+    """A request while discovery lists nobody; the pods are back when it is over."""
+    narrator.section("The list of endpoints is empty for a moment")
+    _list(file, ())
+    await _discovered(stack, 0)
+    outcome = await _send(stack, session, Sample(what="no pod is ready", body=_chat(model, _PROMPTS[0])))
+    narrator.outcome(outcome)
+    _list(file, pods)
+    await _discovered(stack, len(pods))
+    return outcome
+
+
+async def _discovered(stack: Stack, count: int) -> None:
+    """Waits until the server knows so many endpoints; discovery looks at its file once a second.
+
+    Raises:
+        StackError: it does not.
+    """
+    try:
+        async with asyncio.timeout(_DISCOVERY_SECONDS), aiohttp.ClientSession(stack.admin_url()) as session:
+            while True:
+                async with session.get("/debug/endpoints") as answer:
+                    if len(await answer.json()) == count:
+                        return
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise StackError(
+            f"the server does not know {count} endpoints after {_DISCOVERY_SECONDS:g} s"
+        ) from None
 
 
 def _chat(model: str, prompt: str, **more: Any) -> Mapping[str, Any]:
@@ -202,6 +257,7 @@ def _errors(model: str) -> list[Sample]:
         Sample(what="no model", body={"messages": []}),
         Sample(what="unknown model", body=_chat("no-such-model", _PROMPTS[0])),
         Sample(what="unknown policy", body=stream, headers={"routing-strategy": "guess"}),
+        Sample(what="pin to no known pod", body=stream, headers={"target-pod-ip": _NOBODY}),
         Sample(what="body too large", body=_chat(model, "x" * 300_000)),
         fault("engine fails", "error=500", _chat(model, _PROMPTS[0])),
         fault("engine is full, on every pod", "error=503", _chat(model, _PROMPTS[0])),

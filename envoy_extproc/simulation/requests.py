@@ -14,6 +14,8 @@ from http import HTTPStatus
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
+import pydantic
+
 if TYPE_CHECKING:
     from envoy_extproc.simulation.options import EngineOptions
 
@@ -115,6 +117,13 @@ class Embedding:
     base64: bool
 
 
+class StreamOptions(pydantic.BaseModel):
+    """vLLM's: given without ``include_usage``, it means usage."""
+
+    include_usage: bool | None = True
+    continuous_usage_stats: bool | None = False
+
+
 def read_generation(kind: Kind, body: bytes, options: EngineOptions, tokens: int | None = None) -> Generation:
     """Reads a body of /v1/chat/completions or /v1/completions; `tokens` overrides the answer's length.
 
@@ -190,9 +199,16 @@ def _streaming(fields: dict[str, Any]) -> tuple[bool, bool, bool]:
     if asked and not stream:
         message = "Stream options can only be defined when `stream=True`. (parameter=stream_options)"
         raise Refusal(message, kind="BadRequestError", param="stream_options")
-    chosen: dict[str, Any] = asked if isinstance(asked, dict) else {}
-    include = chosen.get("include_usage") is True
-    return stream, include, include and chosen.get("continuous_usage_stats") is True
+    if asked is None:
+        return stream, False, False
+    try:
+        chosen = StreamOptions.model_validate(asked)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, ("body", "stream_options", *first["loc"])))
+        raise _invalid({**first, "loc": where}) from None
+    include = bool(chosen.include_usage)
+    return stream, include, include and bool(chosen.continuous_usage_stats)
 
 
 def _model(fields: dict[str, Any], options: EngineOptions) -> str:

@@ -1,10 +1,15 @@
-"""One structured line for every exchange, with the endpoint as it was when it was chosen. No header value, no body."""
+"""One structured line for every exchange, with the endpoint as it was when it was chosen.
+
+Of a client's own words it holds the request id, the path without its query and the model's name, each cut short: no
+other header's value, no body.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import structlog
+from structlog.typing import EventDict, WrappedLogger
 
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.scheduling.interfaces import Candidate, Decision
@@ -81,8 +86,32 @@ def _state(candidate: Candidate) -> dict[str, Any]:
 
 
 def _text(value: str) -> str:
-    """What a client wrote, cut short; bytes that are not UTF-8, which no JSON can hold, replaced."""
-    return value[:256].encode("utf-8", "replace").decode()
+    """What a client wrote, cut short; what is no text in it, replaced."""
+    return _sanitised(value[:256])
+
+
+def sanitise(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+    """Makes any line one that can be written: a processor, to stand right before the one that renders.
+
+    Bytes of a header that are not UTF-8 become lone surrogates in a `str`, which neither JSON nor a stream can encode. A
+    line that cannot be written would be lost, and with it the defect it tells of.
+    """
+    return {_sanitised(name): _plain(value) for name, value in line.items()}
+
+
+def _plain(value: Any) -> Any:
+    """`value` with every text in it sanitised, however deep; exceptions are lists of dicts by then."""
+    if isinstance(value, str):
+        return _sanitised(value)
+    if isinstance(value, dict):
+        return {_plain(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _sanitised(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _rounded(seconds: float | None) -> float | None:

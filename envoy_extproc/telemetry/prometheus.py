@@ -1,12 +1,13 @@
 """Prometheus metrics, read off `Report` and `Decision`.
 
-Label sets are bounded: a model is a label only if discovery knows it, an endpoint only while exchanges are on it.
+Label sets are bounded: a model is a label only while discovery knows it, and so is an endpoint; the in-flight gauge shows
+what exchanges are on.
 Buckets of the gen_ai histograms are OpenTelemetry's advice (semantic conventions for generative AI metrics).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -15,6 +16,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from envoy_extproc.endpoints import Snapshot
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.scheduling.interfaces import Decision
 from envoy_extproc.telemetry import UNKNOWN_MODEL
@@ -24,6 +26,8 @@ _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.
 _TPOT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 _DECISION = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1)
+
+_BY_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
 
 InFlightRows = Callable[[], Iterable[tuple[str, str, int]]]
 """(model, endpoint's name, exchanges) of all that have any."""
@@ -52,52 +56,19 @@ class PrometheusMetrics:
 
     Args:
         in_flight: what the in-flight gauge shows.
+        known: whether discovery knows a model of that name now; others share one label.
 
     Attributes:
         registry: all of them, for the exposition.
     """
 
-    def __init__(self, in_flight: InFlightRows) -> None:
+    def __init__(self, in_flight: InFlightRows, *, known: Callable[[str], bool]) -> None:
+        self._known = known
         self.registry = registry = CollectorRegistry(auto_describe=True)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
         registry.register(_InFlightCollector(in_flight))
-        by_model = ["gen_ai_operation_name", "gen_ai_request_model"]
-        self._duration = Histogram(
-            "gen_ai_server_request_duration_seconds",
-            "From the request's headers to the end of the answer.",
-            by_model,
-            buckets=_DURATION,
-            registry=registry,
-        )
-        self._ttft = Histogram(
-            "gen_ai_server_time_to_first_token_seconds",
-            "From the request's headers to the first content, reasoning or tool call of a stream.",
-            by_model,
-            buckets=_TTFT,
-            registry=registry,
-        )
-        self._tpot = Histogram(
-            "gen_ai_server_time_per_output_token_seconds",
-            "Between two tokens of a stream, the first one apart.",
-            by_model,
-            buckets=_TPOT,
-            registry=registry,
-        )
-        self._tokens = Histogram(
-            "gen_ai_client_token_usage",
-            "Tokens of a request.",
-            [*by_model, "gen_ai_token_type"],
-            buckets=_TOKENS,
-            registry=registry,
-        )
-        self._decision = Histogram(
-            "envoy_extproc_decision_seconds",
-            "What choosing an endpoint took.",
-            ["policy"],
-            buckets=_DECISION,
-            registry=registry,
-        )
+        self._measures()
         self._requests = self._counter("requests", "Exchanges, by how they ended.", "model", "outcome")
         self._errors = self._counter(
             "errors", "Exchanges that failed, by whose fault.", "model", "error_type"
@@ -117,6 +88,35 @@ class PrometheusMetrics:
         self._unknown = self._counter("unknown_messages", "Messages of Envoy's of a kind not known.")
         self._scrapes = self._counter("scrape_failures", "Scrapes of an engine that failed.", "endpoint")
 
+    def _measures(self) -> None:
+        self._duration = self._histogram(
+            "gen_ai_server_request_duration_seconds",
+            "From the request's headers to the end of the answer.",
+            _DURATION,
+            *_BY_MODEL,
+        )
+        self._ttft = self._histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            "From the request's headers to the first content, reasoning or tool call of a stream.",
+            _TTFT,
+            *_BY_MODEL,
+        )
+        self._tpot = self._histogram(
+            "gen_ai_server_time_per_output_token_seconds",
+            "Between two tokens of a stream, the first one apart.",
+            _TPOT,
+            *_BY_MODEL,
+        )
+        self._tokens = self._histogram(
+            "gen_ai_client_token_usage", "Tokens of a request.", _TOKENS, *_BY_MODEL, "gen_ai_token_type"
+        )
+        self._decision = self._histogram(
+            "envoy_extproc_decision_seconds", "What choosing an endpoint took.", _DECISION, "policy"
+        )
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"envoy_extproc_{name}", text, labels, registry=self.registry)
 
@@ -128,7 +128,7 @@ class PrometheusMetrics:
 
     def finished(self, report: Report) -> None:
         """See `Hook`."""
-        model = report.model if report.model is not None and report.decision is not None else UNKNOWN_MODEL
+        model = report.model if report.model is not None and self._known(report.model) else UNKNOWN_MODEL
         self._requests.labels(model, report.outcome).inc()
         if report.error_type is not None:
             self._errors.labels(model, report.error_type).inc()
@@ -150,10 +150,18 @@ class PrometheusMetrics:
         """So many requests were served by Envoy alone."""
         self._bypassed.inc(requests)
 
-    def forget_endpoints(self, names: Iterable[str]) -> None:
-        """Endpoints that left are labels no more."""
-        for name in names:
+    def snapshot_changed(self, before: Snapshot, now: Snapshot) -> None:
+        """Names of endpoints, and models, that are in `before` alone are labels no more.
+
+        Names and not addresses: an endpoint that moved to another address is counted on where it was.
+        """
+        for name in {each.name for each in before.endpoints} - {each.name for each in now.endpoints}:
             self._scrapes.remove_by_labels({"endpoint": name})
+        for model in before.by_model.keys() - now.by_model.keys():
+            for counter in (self._requests, self._errors, self._retries):
+                counter.remove_by_labels({"model": model})
+            for histogram in (self._duration, self._ttft, self._tpot, self._tokens):
+                histogram.remove_by_labels({"gen_ai_request_model": model})
 
     def _measure(self, report: Report, model: str) -> None:
         labels = (report.operation or "other", model)

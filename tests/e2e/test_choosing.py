@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,42 @@ async def test_no_pod_answers(directory: Path) -> None:
         assert (report["outcome"], report["error.type"]) == ("error", "network")
 
 
+async def refused_by_the_network(gateway: Gateway, http: aiohttp.ClientSession, model: str, pin: str) -> None:
+    """A request nobody may answer: its one pod is dead, and it is asked as often as there are tries."""
+    request_id = new_id()
+    headers = {"x-request-id": request_id} | ({"target-pod-ip": pin} if pin else {})
+    async with http.post(CHAT, json=chat(model=model), headers=headers) as answer:
+        assert answer.status == 503, await answer.text()
+        assert set((await answer.json())["error"]) == {"message", "type", "param", "code"}
+    report = await gateway.report(request_id)
+    assert (report["outcome"], report["error.type"], report["attempts"]) == ("error", "network", 3)
+    assert gateway.received(request_id) == []
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["model", "pin"])
+async def test_retries_stay_with_the_model_and_the_pin(directory: Path, pinned: bool) -> None:
+    """Envoy's own balancer, which knows of neither, would send the last tries to a pod that is alive."""
+    model = MODEL if pinned else "another-model"
+    address = f"127.0.0.1:{free_port()}"
+    dead = [{"name": "dead", "address": address, "models": [model]}]
+    config: dict[str, dict[str, Any]] = {
+        "routing": {"allow_pinning": pinned, "tries": 3},
+        "engines": {"scrape_interval_ms": 60_000},  # so that nobody but Envoy finds out
+    }
+    async with fast_engines(1) as engines:
+        async with Gateway(directory, engines=engines, pods=dead, config=config) as gateway:
+            async with aiohttp.ClientSession(gateway.url) as http:
+                for _ in range(6):  # a balancer can draw the dead pod by chance
+                    await refused_by_the_network(gateway, http, model, address if pinned else "")
+                assert (
+                    await served_by(http, **({"target-pod-ip": engines[0].address} if pinned else {}))
+                    == "pod-a"
+                )
+            errors = "envoy_extproc_errors_total"
+            assert await gateway.metric(errors, model=model, error_type="network") == 6
+            assert await gateway.metric(errors) == 6
+
+
 async def test_watched_file_changes_who_is_chosen(directory: Path, tmp_path: Path) -> None:
     async with fast_engines(2) as engines:
         rows = [{"name": e.options.name, "address": e.address, "models": [MODEL]} for e in engines]
@@ -152,6 +190,41 @@ async def test_watched_file_changes_who_is_chosen(directory: Path, tmp_path: Pat
                 path.write_text("endpoints: [broken")
                 await eventually(lambda: any("unusable" in x["event"] for x in gateway.log_lines()))
                 assert await served_by(http) == "pod-b"
+
+
+async def counted(metric: Callable[[], Awaitable[float]]) -> float:
+    """Waits until a metric is above 0; returns what it then is."""
+    async with asyncio.timeout(5):
+        while not (value := await metric()):
+            await asyncio.sleep(0.02)
+    return value
+
+
+async def test_what_is_counted_of_a_model_goes_with_it(directory: Path, tmp_path: Path) -> None:
+    async with fast_engines(2) as engines:
+        stays = {"name": "stays", "address": engines[0].address, "models": [MODEL]}
+        moves = {"name": "moves", "address": f"127.0.0.1:{free_port()}", "models": ["short-lived"]}
+        path = tmp_path / "endpoints.yaml"
+        path.write_text(yaml.safe_dump({"endpoints": [stays, moves]}))
+        config: dict[str, dict[str, Any]] = {
+            "discovery": {"static": {"file": str(path)}},
+            "engines": {"scrape_interval_ms": 50},
+        }
+        async with Gateway(directory, engines=engines, config=config) as gateway:
+            async with aiohttp.ClientSession(gateway.url) as http:
+                headers = {"routing-strategy": "no-such-policy"}
+                async with http.post(CHAT, json=chat(model="short-lived"), headers=headers) as answer:
+                    assert answer.status == 400
+            errors = partial(gateway.metric, "envoy_extproc_errors_total", model="short-lived")
+            assert await counted(errors) == 1
+            scrapes = partial(gateway.metric, "envoy_extproc_scrape_failures_total", endpoint="moves")
+            failures = await counted(scrapes)
+            moves |= {"address": engines[1].address, "models": [MODEL]}
+            path.write_text(yaml.safe_dump({"endpoints": [stays, moves]}))
+            async with asyncio.timeout(5):
+                while any("short-lived" in sample for sample in await gateway.metrics()):
+                    await asyncio.sleep(0.02)
+            assert await scrapes() >= failures
 
 
 @pytest.mark.parametrize("pin", ["address", "ip"])

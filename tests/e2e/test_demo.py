@@ -6,6 +6,8 @@ import asyncio
 import signal
 import sys
 
+import pytest
+
 from tests.support.gateway import fast_engines
 
 
@@ -29,7 +31,15 @@ async def test_demo_once_shows_every_outcome() -> None:
     faults = ("client", "overload", "model_server", "content", "network")
     for outcome in ("success", *(f": {fault}" for fault in faults), "(try 3)", "estimated", "reported"):
         assert outcome in shown, outcome
-    assert "In flight now: 0." in shown
+    (sums,) = [line for line in shown.splitlines() if line.startswith("In flight now: 0.")]
+    assert all(f"{fault} " in sums for fault in faults)  # what the metrics say after all of it
+    for row, status, told in (
+        ("pin to no known pod", "400", "names no ready endpoint of this model"),
+        ("no pod is ready", "503", "No endpoint is ready."),
+    ):
+        after = shown.partition(f"\n{row} ")[2].splitlines()
+        assert status in after[0].split()
+        assert told in after[1]
 
 
 async def test_demo_with_engines_of_ones_own() -> None:
@@ -47,6 +57,17 @@ async def test_demo_says_when_an_engine_is_not_there() -> None:
     assert process.returncode == 2
     assert b"127.0.0.1:9" in out
     assert b"Traceback" not in out
+
+
+@pytest.mark.parametrize("url", ["https://127.0.0.1:9", "HTTPS://llm.example/v1", "ftp://127.0.0.1:9"])
+async def test_demo_says_that_engines_are_asked_in_plain_http(url: str) -> None:
+    process = await demo("--once", "--engine", url)
+    async with asyncio.timeout(30):
+        out, _ = await process.communicate()
+    assert process.returncode == 2
+    assert out.decode().splitlines() == [
+        f"{url}: the demo's Envoy speaks plain HTTP to an engine, so give an http:// URL"
+    ]
 
 
 async def test_demo_stays_until_it_is_stopped() -> None:

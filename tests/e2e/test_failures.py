@@ -274,47 +274,64 @@ async def test_drain_gives_a_held_stream_back_at_once(directory: Path, fail_open
         assert (report["outcome"], report["pod"]) == ("success", "pod-canned")
 
 
+@dataclass(slots=True)
+class Load:
+    """Clients that ask again and again, each once it has its answer.
+
+    Attributes:
+        answered: answers that came.
+        wrong: what was not as it should be.
+    """
+
+    scene: Scene
+    answered: int = 0
+    wrong: list[object] = field(default_factory=list)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @asynccontextmanager
+    async def running(self, clients: int) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as group:
+            for number in range(clients):
+                group.create_task(self._loop(0.1 if number % 2 else PAUSE))
+            try:
+                yield
+            finally:
+                self.stop.set()
+
+    async def _loop(self, pause: float) -> None:
+        while not self.stop.is_set():
+            try:
+                status, _, body, _ = await self.scene.ask(pause)
+            except (aiohttp.ClientError, TimeoutError) as error:
+                self.wrong.append(error)
+                continue
+            self.answered += 1
+            if (status, body) != (200, FIRST + SECOND + DONE):
+                self.wrong.append((status, body))
+
+
 async def test_one_of_two_servers_restarted_under_load(directory: Path) -> None:
     """Twenty clients in a loop, fail-closed: none of them notices."""
     async with scene(directory, servers=2, server={"drain_seconds": 3}, envoy={"fail_open": False}) as at:
-        stop = asyncio.Event()
-        wrong: list[object] = []
-        counts = {"requests": 0}
-
-        async def loop(pause: float) -> None:
-            while not stop.is_set():
-                try:
-                    status, _, body, _ = await at.ask(pause)
-                except (aiohttp.ClientError, TimeoutError) as error:
-                    wrong.append(error)
-                    continue
-                counts["requests"] += 1
-                if (status, body) != (200, FIRST + SECOND + DONE):
-                    wrong.append((status, body))
-
-        async with asyncio.TaskGroup() as group:
-            for number in range(20):
-                group.create_task(loop(0.1 if number % 2 else PAUSE))
-            try:
-                await asyncio.sleep(0.7)
-                process = terminate(at.gateway)
-                async with asyncio.timeout(12):
-                    assert await process.wait() == 0
-                before = counts["requests"]
-                await asyncio.sleep(0.5)
-                assert counts["requests"] > before
-                await at.gateway.start_server()
-                await asyncio.sleep(1.5)
-            finally:
-                stop.set()
-        assert wrong == []
+        load = Load(at)
+        async with load.running(20):
+            await asyncio.sleep(0.7)
+            process = terminate(at.gateway)
+            async with asyncio.timeout(12):
+                assert await process.wait() == 0
+            before = load.answered
+            await asyncio.sleep(0.5)
+            assert load.answered > before
+            await at.gateway.start_server()
+            await asyncio.sleep(1.5)
+        assert load.wrong == []
 
         def accounted() -> int:
             return sum(len(at.gateway.reports(server)) for server in (0, 1))
 
-        await eventually(lambda: accounted() >= counts["requests"])  # a report comes after its answer
-        print(f"requests {counts['requests']}, reports {[len(at.gateway.reports(each)) for each in (0, 1)]}")
-        assert accounted() == counts["requests"]  # each by one of them
+        await eventually(lambda: accounted() >= load.answered)  # a report comes after its answer
+        print(f"requests {load.answered}, reports {[len(at.gateway.reports(each)) for each in (0, 1)]}")
+        assert accounted() == load.answered  # each by one of them
         assert (
             await at.gateway.metric("envoy_extproc_requests_total", 0) > 0
         )  # the restarted one serves again
@@ -359,45 +376,53 @@ async def test_pod_killed_in_the_middle_of_a_stream(directory: Path) -> None:
         Gateway(directory / "told", pods=pods, config={"engines": {"scrape_interval_ms": 50}}) as told,
         aiohttp.ClientSession() as http,
     ):
-        processes = {"pod-a": a, "pod-b": b}
-
-        async def served(gateway: Gateway) -> tuple[str, int]:
-            request_id = new_id()
-            headers = {"x-request-id": request_id}
-            async with http.post(gateway.url + CHAT, json=chat(max_tokens=1), headers=headers) as answer:
-                assert answer.status == 200, await answer.text()
-                report = await gateway.report(request_id)
-                assert report["pod"] == answer.headers["target-pod"]
-                assert report["outcome"] == "success"
-                return answer.headers["target-pod"], report["attempts"]
-
-        request_id = new_id()
-        headers = {"x-request-id": request_id}
-        body = chat(stream=True, max_tokens=400)
-        async with http.post(deaf.url + CHAT, json=body, headers=headers) as answer:
-            reading = Reading(request_id, answer)
-            await reading.until(1500)
-            dead = answer.headers["target-pod"]
-            (alive,) = ports.keys() - {dead}
-            assert await deaf.metric("envoy_extproc_in_flight_requests", endpoint=dead) == 1
-            processes[dead].kill()
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await reading.rest()
-        report = await deaf.report(request_id)
-        assert (report["outcome"], report["error.type"], report["pod"]) == ("aborted", "network", dead)
-        assert report["usage_source"] == "estimated"
-        assert report["gen_ai.usage.output_tokens"] > 0
-        assert await in_flight_gone(deaf, 1.0) < 1.0
+        dead = await killed_while_it_serves(deaf, http, {"pod-a": a, "pod-b": b})
+        (alive,) = ports.keys() - {dead}
 
         # At once: Envoy finds out by itself, and takes the next pod of the list. Ties go to either.
-        at_once = [await served(deaf) for _ in range(16)]
+        at_once = [await served(deaf, http) for _ in range(16)]
         assert {pod for pod, _ in at_once} == {alive}
         assert {attempts for _, attempts in at_once} == {1, 2}
 
         async with asyncio.timeout(10):
             while await reachable(told, dead):
                 await asyncio.sleep(0.05)
-        assert [await served(told) for _ in range(16)] == [(alive, 1)] * 16
+        assert [await served(told, http) for _ in range(16)] == [(alive, 1)] * 16
+
+
+async def served(gateway: Gateway, http: aiohttp.ClientSession) -> tuple[str, int]:
+    """Who answers a request, and after how many attempts."""
+    request_id = new_id()
+    headers = {"x-request-id": request_id}
+    async with http.post(gateway.url + CHAT, json=chat(max_tokens=1), headers=headers) as answer:
+        assert answer.status == 200, await answer.text()
+        report = await gateway.report(request_id)
+        assert report["pod"] == answer.headers["target-pod"]
+        assert report["outcome"] == "success"
+        return answer.headers["target-pod"], report["attempts"]
+
+
+async def killed_while_it_serves(
+    gateway: Gateway, http: aiohttp.ClientSession, processes: Mapping[str, asyncio.subprocess.Process]
+) -> str:
+    """Kills the pod that serves a stream, and checks what becomes of the stream; returns the pod's name."""
+    request_id = new_id()
+    headers = {"x-request-id": request_id}
+    body = chat(stream=True, max_tokens=400)
+    async with http.post(gateway.url + CHAT, json=body, headers=headers) as answer:
+        reading = Reading(request_id, answer)
+        await reading.until(1500)
+        dead = answer.headers["target-pod"]
+        assert await gateway.metric("envoy_extproc_in_flight_requests", endpoint=dead) == 1
+        processes[dead].kill()
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await reading.rest()
+    report = await gateway.report(request_id)
+    assert (report["outcome"], report["error.type"], report["pod"]) == ("aborted", "network", dead)
+    assert report["usage_source"] == "estimated"
+    assert report["gen_ai.usage.output_tokens"] > 0
+    assert await in_flight_gone(gateway, 1.0) < 1.0
+    return dead
 
 
 async def reachable(gateway: Gateway, pod: str) -> bool:

@@ -51,7 +51,15 @@ async def test_official_client_that_asks_for_usage_gets_it(
 
 
 @pytest.mark.parametrize(
-    "options", [{"include_usage": False}, {"continuous_usage_stats": True}, None], ids=json.dumps
+    "options",
+    [
+        {"include_usage": False},
+        {"include_usage": "off"},
+        {"include_usage": None},
+        {"include_usage": 0, "continuous_usage_stats": True},
+        None,
+    ],
+    ids=json.dumps,
 )
 async def test_usage_not_asked_for_is_hidden_and_counted(
     gateway: Gateway, http: aiohttp.ClientSession, options: object
@@ -64,6 +72,34 @@ async def test_usage_not_asked_for_is_hidden_and_counted(
     assert text.endswith("data: [DONE]\n\n")
     report = await gateway.report(request_id)
     assert (report["usage_source"], report["gen_ai.usage.output_tokens"]) == ("reported", 5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"continuous_usage_stats": True}, {"include_usage": "Yes"}], ids=json.dumps
+)
+async def test_usage_that_an_engine_writes_by_itself_is_shown(
+    gateway: Gateway, http: aiohttp.ClientSession, options: object
+) -> None:
+    """To vLLM, options that do not say no mean yes."""
+    request_id = new_id()
+    body = json.dumps(chat(max_tokens=5, stream=True, stream_options=options)).encode()
+    async with http.post("/v1/chat/completions", data=body, headers={"x-request-id": request_id}) as answer:
+        text = await answer.text()
+    assert '"choices":[],"usage":{' in text
+    assert gateway.received(request_id)[0][2] == body
+    report = await gateway.report(request_id)
+    assert (report["usage_source"], report["gen_ai.usage.output_tokens"]) == ("reported", 5)
+
+
+async def test_options_that_an_engine_refuses_are_for_it_to_refuse(
+    gateway: Gateway, http: aiohttp.ClientSession
+) -> None:
+    request_id = new_id()
+    body = chat(stream=True, stream_options={"include_usage": "perhaps"})
+    async with http.post("/v1/chat/completions", json=body, headers={"x-request-id": request_id}) as answer:
+        assert answer.status == 400
+        assert "valid boolean" in await answer.text()
+    assert json.loads(gateway.received(request_id)[0][2]) == body
 
 
 async def test_official_client_without_stream(gateway: Gateway, client: openai.AsyncOpenAI) -> None:

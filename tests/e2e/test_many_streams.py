@@ -75,25 +75,71 @@ def resident(process: asyncio.subprocess.Process | None) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-async def test_two_thousand_streams_at_once(
-    directory: Path, record_property: Callable[[str, object], None]
-) -> None:
+class Crowd:
+    """All the clients.
+
+    Attributes:
+        clients: each of them.
+        begun: answers of which something has come.
+        ended: answers that are whole.
+    """
+
+    def __init__(self) -> None:
+        self.clients: list[Client] = []
+        self.begun = 0
+        self.ended = 0
+
+    async def send(self, port: int) -> None:
+        """Lets every client send its request."""
+        loop = asyncio.get_running_loop()
+        for number in range(STREAMS):
+            make = partial(Client, number, self._one_begun, self._one_ended)
+            _, client = await loop.create_connection(make, "127.0.0.1", port)
+            self.clients.append(client)
+
+    @property
+    def lost(self) -> bool:
+        """Whether any connection was lost."""
+        return any(client.lost for client in self.clients)
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+
+    def _one_begun(self) -> None:
+        self.begun += 1
+
+    def _one_ended(self) -> None:
+        self.ended += 1
+
+
+def enough_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < DESCRIPTORS:
         if hard < DESCRIPTORS:
             pytest.skip(f"{hard} open files are too few")
         resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
+
+
+async def all_accounted(gateway: Gateway, before: float) -> None:
+    """Waits for the reports; each stream has one, none has passed the server by, and none is left over."""
+    async with asyncio.timeout(10):
+        while await gateway.metric("envoy_extproc_requests_total") < before + STREAMS:
+            await asyncio.sleep(0.05)
+    assert await gateway.metric("envoy_extproc_requests_total", outcome="success") == before + STREAMS
+    assert await gateway.metric("envoy_extproc_usage_total", usage_source="reported") == STREAMS
+    assert await gateway.metric("envoy_extproc_in_flight_requests") == 0
+    counters = ("streams_started", "failure_mode_allowed", "streams_failed", "message_timeouts")
+    told = {each: await gateway.envoy_stat(STATS + each) for each in counters}
+    assert told == dict.fromkeys(counters, 0) | {"streams_started": STREAMS}
+
+
+async def test_two_thousand_streams_at_once(
+    directory: Path, record_property: Callable[[str, object], None]
+) -> None:
+    enough_descriptors()
     resume = asyncio.Event()
-    begun = ended = 0
-
-    def one_begun() -> None:
-        nonlocal begun
-        begun += 1
-
-    def one_ended() -> None:
-        nonlocal ended
-        ended += 1
-
+    crowd = Crowd()
     async with (
         canned() as upstream,
         Gateway(directory, pods=[upstream.pod()], config={"envoy": {"fail_open": True}}) as gateway,
@@ -101,36 +147,22 @@ async def test_two_thousand_streams_at_once(
         upstream.default = stream(FIRST, resume, LAST, USAGE, DONE, pause=0.0)
         (server,) = gateway.servers
         before, memory = await gateway.metric("envoy_extproc_requests_total"), resident(server)
-        loop = asyncio.get_running_loop()
-        clients = []
-        for number in range(STREAMS):
-            _, client = await loop.create_connection(
-                partial(Client, number, one_begun, one_ended), "127.0.0.1", gateway.port
-            )
-            clients.append(client)
         try:
-            await eventually(lambda: begun == STREAMS or any(client.lost for client in clients), 25)
-            await eventually(lambda: all(FIRST in client.received for client in clients), 5)
+            await crowd.send(gateway.port)
+            await eventually(lambda: crowd.begun == STREAMS or crowd.lost, 25)
+            await eventually(lambda: all(FIRST in client.received for client in crowd.clients), 5)
             assert len(upstream.requests) == STREAMS
             assert await gateway.metric("envoy_extproc_in_flight_requests") == STREAMS
             each = (resident(server) - memory) / STREAMS
             resume.set()
-            await eventually(lambda: ended == STREAMS or any(client.lost for client in clients), 25)
+            await eventually(lambda: crowd.ended == STREAMS or crowd.lost, 25)
         finally:
-            for client in clients:
-                client.close()
-        for client in clients:
+            crowd.close()
+        assert len(crowd.clients) == STREAMS
+        for client in crowd.clients:
             assert client.received.startswith(b"HTTP/1.1 200 OK\r\n")
             assert client.body == FIRST + LAST + DONE
-        async with asyncio.timeout(10):
-            while await gateway.metric("envoy_extproc_requests_total") < before + STREAMS:
-                await asyncio.sleep(0.05)
-        assert await gateway.metric("envoy_extproc_requests_total", outcome="success") == before + STREAMS
-        assert await gateway.metric("envoy_extproc_usage_total", usage_source="reported") == STREAMS
-        assert await gateway.metric("envoy_extproc_in_flight_requests") == 0
-        counters = ("streams_started", "failure_mode_allowed", "streams_failed", "message_timeouts")
-        told = {each: await gateway.envoy_stat(STATS + each) for each in counters}
-        assert told == dict.fromkeys(counters, 0) | {"streams_started": STREAMS}
+        await all_accounted(gateway, before)
     print(f"memory of a held stream: {each / 1024:.1f} KiB")
     record_property("bytes_per_held_stream", round(each))
     assert each < 200_000

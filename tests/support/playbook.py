@@ -12,6 +12,7 @@ from envoy_extproc.exchange.events import (
     Refused,
     RequestBody,
     RequestHeaders,
+    RequestTrailers,
     ResponseBody,
     ResponseHeaders,
     Scheduled,
@@ -61,6 +62,9 @@ class Playbook:
 
     def body(self, data: bytes) -> Sequence[Command]:
         return self.receive(RequestBody(self.now(), data, True))
+
+    def trailers(self) -> Sequence[Command]:
+        return self.receive(RequestTrailers(self.now()))
 
     def scheduled(self, *numbers: int) -> Continue:
         return reply(self.receive(Scheduled(self.now(), decision(*numbers))))

@@ -623,6 +623,78 @@ ODD = {
         0,
     ),
     "usage is a number": (b'{"choices":[],"usage":5}', False, None, 0),
+    "one count is a list": (
+        b'{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":[3]}}',
+        True,
+        (12, 0),
+        0,
+    ),
+    "one count is a word": (
+        b'{"choices":[],"usage":{"prompt_tokens":"many","completion_tokens":3}}',
+        True,
+        (0, 3),
+        0,
+    ),
+    "one count is half a token": (
+        b'{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":3.5}}',
+        True,
+        (12, 0),
+        0,
+    ),
+    "one count is infinite": (
+        b'{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":1e400}}',
+        True,
+        (12, 0),
+        0,
+    ),
+    "one count is no number": (
+        b'{"choices":[],"usage":{"prompt_tokens":NaN,"completion_tokens":3}}',
+        True,
+        (0, 3),
+        0,
+    ),
+    "one count is a truth": (
+        b'{"choices":[],"usage":{"prompt_tokens":true,"completion_tokens":3}}',
+        True,
+        (0, 3),
+        0,
+    ),
+    "one count is negative": (
+        b'{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":-3}}',
+        True,
+        (12, 0),
+        0,
+    ),
+    "one count is beyond all bounds": (
+        b'{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":' + b"9" * 400 + b"}}",
+        True,
+        (12, 0),
+        0,
+    ),
+    "details are a number": (
+        b'{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":3,"prompt_tokens_details":7}}',
+        True,
+        (12, 3),
+        0,
+    ),
+    "total is an object": (
+        b'{"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":3,"total_tokens":{"n":1}}}',
+        True,
+        (12, 3),
+        0,
+    ),
+    "all of usage is odd": (
+        b'{"choices":[],"usage":{"prompt_tokens":{},"completion_tokens":[],"prompt_tokens_details":[1]}}',
+        True,
+        (0, 0),
+        0,
+    ),
+    "usage is odd beside choices": (
+        b'{"choices":[{"delta":{"content":"x"}}],"usage":{"prompt_tokens":12,"completion_tokens":[]}}',
+        False,
+        (12, 0),
+        1,
+    ),
     "tool calls are text": (
         b'{"choices":[{"delta":{"tool_calls":"f()"}}],"usage":{"prompt_tokens":1}}',
         False,
@@ -630,6 +702,16 @@ ODD = {
         1,
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("cached", "read"), [(2, 2), (0, 0), (-2, None), ("2", 2), (2.5, None), ([2], None), (2**64, None)]
+)
+def test_cached_tokens_of_any_type(cached: object, read: int | None) -> None:
+    usage = {"prompt_tokens": 12, "prompt_tokens_details": {"cached_tokens": cached}}
+    _, seen = replayed([event({"choices": [], "usage": usage})], hide=True)
+    assert seen.usage == Usage(prompt_tokens=12, cached_tokens=read)
+    assert seen.removed_events == 1
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 import yaml
 
+from envoy_extproc.envoy.eds import discovery_response
 from envoy_extproc.simulation.stack import envoy_binary, free_port
 
 VALID = """
@@ -105,6 +106,14 @@ except ValueError:
     assert "sk-secret" not in done.stdout + done.stderr
 
 
+def validate(text: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """What Envoy says of a bootstrap."""
+    path = directory / "envoy.yaml"
+    path.write_text(text)
+    command = [str(envoy_binary()), "--mode", "validate", "-c", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
 @pytest.mark.parametrize("fail_open", [True, False])
 def test_bootstrap_is_valid_for_envoy(config: Path, tmp_path: Path, fail_open: bool) -> None:
     config.write_text(
@@ -119,10 +128,22 @@ def test_bootstrap_is_valid_for_envoy(config: Path, tmp_path: Path, fail_open: b
         assert all(limit > 100_000 for limit in limits.values())
     assert len(clusters["ext_proc"]["load_assignment"]["endpoints"][0]["lb_endpoints"]) == 2
     assert f"failure_mode_allow: {str(fail_open).lower()}" in done.stdout
-    path = tmp_path / "envoy.yaml"
-    path.write_text(done.stdout)
-    command = [str(envoy_binary()), "--mode", "validate", "-c", str(path)]
-    validated = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    validated = validate(done.stdout, tmp_path)
+    assert validated.returncode == 0, validated.stderr
+
+
+def test_bootstrap_with_a_file_of_endpoints_is_valid_once_the_file_is_there(
+    config: Path, tmp_path: Path
+) -> None:
+    pods = tmp_path / "pods.json"
+    config.write_text(f"{VALID}\nenvoy: {{endpoints_file: '{pods}'}}\n")
+    done = run("config", "envoy", config=config)
+    assert done.returncode == 0
+    refused = validate(done.stdout, tmp_path)
+    assert refused.returncode != 0  # so the comment in it says to start the server first
+    assert str(pods) in refused.stderr
+    pods.write_text(discovery_response(()))
+    validated = validate(done.stdout, tmp_path)
     assert validated.returncode == 0, validated.stderr
 
 

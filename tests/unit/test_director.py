@@ -109,6 +109,30 @@ def test_the_last_decisions_are_remembered() -> None:
     assert [at for at, _, _ in made.decisions] == [2.0, 3.0]
 
 
+def test_policies_forget_models_that_are_gone() -> None:
+    made = director()
+    other = SchedulingRequest(model="other", policy="round-robin")
+    both = (endpoint(3, models=("other",)), endpoint(4, models=("other",)))
+
+    def turn() -> str:
+        return made.schedule(other, 0.0).chosen.endpoint.name
+
+    made.update(Snapshot(both))
+    assert turn() == "pod-3"
+    made.update(Snapshot([*both, endpoint(1)]))
+    assert turn() == "pod-4"
+    assert turn() == "pod-3"
+    made.update(Snapshot([endpoint(1)]))
+    made.update(Snapshot(both))
+    assert turn() == "pod-3"
+
+
+def test_a_pin_is_all_there_is_to_try() -> None:
+    rules = RoutingRules(allow_pinning=True, tries=3)
+    decision = director(rules).schedule(SchedulingRequest(model=MODEL, pin="10.0.0.2:8000"), 0.0)
+    assert decision.order == (endpoint(2),) * 3
+
+
 def test_endpoints_are_looked_up_by_address() -> None:
     made = director()
     assert made.lookup("10.0.0.1:8000") == endpoint(1)

@@ -7,7 +7,16 @@ import json
 import pytest
 
 from envoy_extproc.errors import BadRequest, GatewayError, ModelNotFound, NoReadyEndpoint
-from envoy_extproc.exchange.commands import PASS, BodyMode, Command, Finish, LoadReport, Phase, Serve
+from envoy_extproc.exchange.commands import (
+    PASS,
+    BodyMode,
+    Command,
+    Continue,
+    Finish,
+    LoadReport,
+    Phase,
+    Serve,
+)
 from envoy_extproc.exchange.events import (
     Event,
     Refused,
@@ -45,8 +54,19 @@ def test_a_stream_from_end_to_end() -> None:
     book = Playbook()
     assert reply(book.request()) is PASS[Phase.REQUEST_HEADERS]
     assert asked(book.body(STREAM)) == SchedulingRequest(model=MODEL)
+    check_the_routed_stream(book.scheduled(1, 2))
+    check_the_answered_stream(reply(book.answer()))
 
-    routed = book.scheduled(1, 2)
+    first, second = sse(token("a")), sse(token("b"))
+    assert book.data(first) == first
+    assert book.data(second) == second
+    assert book.data(sse(usage(5, 7), DONE)) == sse(DONE)
+    assert book.data(b"", end=True) == b""
+
+    assert book.closed() == REPORT_OF_THE_STREAM
+
+
+def check_the_routed_stream(routed: Continue) -> None:
     rewritten = b'{"model":"llama-3-8b","stream":true,"stream_options":{"include_usage":true}}'
     assert routed.phase is Phase.REQUEST_BODY
     assert routed.body == rewritten
@@ -61,7 +81,8 @@ def test_a_stream_from_end_to_end() -> None:
         "content-length": str(len(rewritten)),
     }
 
-    answered = reply(book.answer())
+
+def check_the_answered_stream(answered: Continue) -> None:
     assert answered.phase is Phase.RESPONSE_HEADERS
     assert answered.response_body is BodyMode.STREAMED
     assert dict(answered.set_headers) == {
@@ -73,33 +94,28 @@ def test_a_stream_from_end_to_end() -> None:
     }
     assert answered.load_report is None
 
-    first, second = sse(token("a")), sse(token("b"))
-    assert book.data(first) == first
-    assert book.data(second) == second
-    assert book.data(sse(usage(5, 7), DONE)) == sse(DONE)
-    assert book.data(b"", end=True) == b""
 
-    assert book.closed() == Report(
-        request_id="id-1",
-        path="/v1/chat/completions",
-        operation="chat",
-        model=MODEL,
-        status=200,
-        outcome="success",
-        error_type=None,
-        error=None,
-        decision=decision(1, 2),
-        served_by=endpoint(1),
-        served_address="10.0.0.1:8000",
-        attempts=1,
-        streamed=True,
-        usage=Usage(prompt_tokens=5, completion_tokens=7),
-        usage_source="reported",
-        duration=8.0,
-        time_to_first_token=4.0,
-        time_per_output_token=1.0 / 6,
-        usage_removed=1,
-    )
+REPORT_OF_THE_STREAM = Report(
+    request_id="id-1",
+    path="/v1/chat/completions",
+    operation="chat",
+    model=MODEL,
+    status=200,
+    outcome="success",
+    error_type=None,
+    error=None,
+    decision=decision(1, 2),
+    served_by=endpoint(1),
+    served_address="10.0.0.1:8000",
+    attempts=1,
+    streamed=True,
+    usage=Usage(prompt_tokens=5, completion_tokens=7),
+    usage_source="reported",
+    duration=8.0,
+    time_to_first_token=4.0,
+    time_per_output_token=1.0 / 6,
+    usage_removed=1,
+)
 
 
 def test_a_json_answer_from_end_to_end() -> None:
@@ -282,6 +298,9 @@ def test_a_new_choice_of_route_is_asked_for_only_where_wanted() -> None:
         (PLAIN, False),
         (b'{"model":"m","stream":true,"stream_options":{"include_usage":true}}', False),
         (b'{"model":"m","stream":true,"stream_options":{"include_usage":false}}', True),
+        (b'{"model":"m","stream":true,"stream_options":null}', True),
+        (b'{"model":"m","stream":true,"stream_options":{}}', False),
+        (b'{"model":"m","stream":true,"stream_options":{"continuous_usage_stats":true}}', False),
         (b'{"model":"m","stream":true,"stream_options":7}', False),
         (b'{"model":"m","stream":false,"stream_options":{"include_usage":false}}', False),
     ],
@@ -293,9 +312,10 @@ def test_usage_is_asked_for_where_the_client_did_not(body: bytes, rewritten: boo
     assert length == (None if routed.body is None else str(len(routed.body)))
 
 
-def test_usage_a_client_asked_for_is_left_to_it() -> None:
+@pytest.mark.parametrize("options", [b'{"include_usage":true}', b"{}"])
+def test_usage_that_was_not_added_is_left_to_the_client(options: bytes) -> None:
     book = Playbook()
-    book.until_answer(b'{"model":"m","stream":true,"stream_options":{"include_usage":true}}')
+    book.until_answer(b'{"model":"m","stream":true,"stream_options":%b}' % options)
     text = sse(token(), usage(1, 1), DONE)
     assert book.data(text, end=True) == text
     report = book.closed()
@@ -321,6 +341,26 @@ def test_a_body_announced_too_large_is_refused_before_it_comes() -> None:
     report = book.closed()
     assert (report.outcome, report.error_type, report.error) == ("refused", "client", "request_too_large")
     assert (report.status, report.decision, report.usage_source) == (413, None, "none")
+
+
+def test_a_request_with_trailers_and_no_body_is_refused() -> None:
+    book = Playbook()
+    book.request()
+    answer = respond(book.trailers())
+    assert (answer.status, answer.details) == (400, "envoy_extproc_bad_request")
+    assert json.loads(answer.body)["error"]["message"] == "The request has no body."
+    report = book.closed()
+    assert (report.outcome, report.error_type, report.unexpected_messages) == ("refused", "client", 0)
+
+
+def test_trailers_behind_a_body_change_nothing() -> None:
+    book = Playbook()
+    book.until_routed()
+    assert reply(book.trailers()) is PASS[Phase.REQUEST_TRAILERS]
+    assert reply(book.answer()).response_body is BodyMode.STREAMED
+    book.data(sse(token(), usage(1, 1), DONE), end=True)
+    report = book.closed()
+    assert (report.outcome, report.unexpected_messages) == ("success", 0)
 
 
 def test_a_body_that_is_too_large_is_refused() -> None:
@@ -746,6 +786,25 @@ def test_a_defect_ends_it() -> None:
 def test_nothing_ever_came() -> None:
     report = Playbook().closed()
     assert (report.outcome, report.duration, report.request_id) == ("aborted", 0.0, "")
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_of_a_pod_that_nobody_chose(status: int) -> None:
+    book = Playbook()
+    book.request()
+    assert reply(book.answer(status)).response_body is None
+    assert book.state is State.HELD
+    report = book.closed()
+    assert (report.outcome, report.error_type, report.error) == ("error", "internal", "served-undecided")
+    assert (report.status, report.served_address, report.decision) == (status, "10.0.0.1:8000", None)
+    assert report.usage_source == "none"
+
+
+def test_an_answer_of_envoys_own_while_the_body_is_awaited_is_no_defect() -> None:
+    book = Playbook()
+    book.request()
+    book.answer(408, upstream=None, attempts=0, local_reply="request_overall_timeout")
+    assert book.closed().error == "request_overall_timeout"
 
 
 # -- messages that should not come ---------------------------------------------------------------------------------

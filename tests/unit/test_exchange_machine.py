@@ -87,7 +87,7 @@ EVENTS: dict[type[object], st.SearchStrategy[Event]] = {
 }
 # What makes for long conversations; the others come from the 10 % of any event, and at the end.
 LIKELY = {
-    state: [kind for kind in row if kind not in (StreamClosed, Refused, ResponseTrailers)]
+    state: [kind for kind in row if kind not in (StreamClosed, Refused, RequestTrailers, ResponseTrailers)]
     for state, row in TABLE.items()
 }
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import msgspec
+import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from envoy_extproc.endpoints import EngineStats
 from envoy_extproc.openai.answer import Usage
 from envoy_extproc.scheduling.interfaces import Candidate
-from envoy_extproc.telemetry.log import RequestLog, fields
+from envoy_extproc.telemetry.log import RequestLog, fields, sanitise
 from tests.support.builders import decision, endpoint
 from tests.support.reports import report
 
@@ -84,6 +89,41 @@ def test_long_names_are_cut_and_durations_rounded() -> None:
 def test_bytes_that_are_no_text_can_be_written_as_json() -> None:
     line = fields(report(request_id="id\udcff", path="/\udcff", model="\udcff", decision=None))
     assert msgspec.json.decode(msgspec.json.encode(line))["request_id"] == "id?"
+
+
+def written(event: str, **values: Any) -> Any:
+    """What is read of a line written as `serve` writes it."""
+    out = io.BytesIO()
+    logger = structlog.wrap_logger(
+        structlog.BytesLogger(out),
+        processors=[
+            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer()),
+            sanitise,
+            structlog.processors.JSONRenderer(serializer=lambda line, **_: msgspec.json.encode(line)),
+        ],
+    )
+    logger.error(event, **values)
+    return msgspec.json.decode(out.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("id\udcff", "id?"),
+        ("grün 漢 \U0001f600", "grün 漢 \U0001f600"),
+        (["\udcff", {"\udcff": ("\udcff", 1)}], ["?", {"?": ["?", 1]}]),
+        ({"\udcff"}, ["?"]),
+        (None, None),
+        (1.5, 1.5),
+    ],
+)
+def test_every_line_can_be_written(value: object, expected: object) -> None:
+    assert written("went\udcffwrong", request_id=value) == {"event": "went?wrong", "request_id": expected}
+
+
+def test_an_exception_that_quotes_no_text_can_be_written() -> None:
+    line = written("exchange_failed", request_id="\udcff", exc_info=ValueError("\udcff"))
+    assert (line["request_id"], line["exception"][0]["exc_value"]) == ("?", "?")
 
 
 def test_one_line_for_each_exchange() -> None:

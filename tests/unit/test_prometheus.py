@@ -6,14 +6,15 @@ import msgspec
 import pytest
 from prometheus_client import generate_latest
 
+from envoy_extproc.endpoints import Snapshot
 from envoy_extproc.openai.answer import Usage
 from envoy_extproc.telemetry.prometheus import PrometheusMetrics
-from tests.support.builders import decision
+from tests.support.builders import MODEL, decision, endpoint
 from tests.support.reports import report
 
 
 def metrics(*rows: tuple[str, str, int]) -> PrometheusMetrics:
-    return PrometheusMetrics(lambda: rows)
+    return PrometheusMetrics(lambda: rows, known=lambda model: model in {MODEL, "leaves", "stays"})
 
 
 def value(made: PrometheusMetrics, name: str, **labels: str) -> float | None:
@@ -94,8 +95,42 @@ def test_other_counters() -> None:
     assert value(made, "envoy_extproc_unknown_messages_total") == 1
     assert value(made, "envoy_extproc_bypassed_requests_total") == 2
     assert value(made, "envoy_extproc_scrape_failures_total", endpoint="pod-1") == 1
-    made.forget_endpoints(["pod-1", "never seen"])
-    assert value(made, "envoy_extproc_scrape_failures_total", endpoint="pod-1") is None
+
+
+def test_endpoints_are_forgotten_by_name() -> None:
+    made = metrics()
+    for name in ("stays", "moves", "leaves"):
+        made.scrape_failed(name)
+    before = [endpoint(1, name="stays"), endpoint(2, name="moves"), endpoint(3, name="leaves")]
+    now = [endpoint(1, name="stays"), endpoint(3, name="moves"), endpoint(4, name="new")]
+    made.snapshot_changed(Snapshot([*before, endpoint(9, name="never failed")]), Snapshot(now))
+    counts = {
+        name: value(made, "envoy_extproc_scrape_failures_total", endpoint=name)
+        for name in ("stays", "moves", "leaves")
+    }
+    assert counts == {"stays": 1, "moves": 1, "leaves": None}
+
+
+def test_models_that_are_gone_leave_no_series() -> None:
+    made = metrics()
+    made.finished(report(model="stays", attempts=2, error_type="network"))
+    size = len(generate_latest(made.registry).splitlines())
+    made.finished(report(model="leaves", attempts=2, error_type="network"))
+    made.finished(report(model="leaves", operation=None))
+    assert len(generate_latest(made.registry).splitlines()) > size
+    before = Snapshot([endpoint(1, models=("stays", "leaves", "never asked for"))])
+    made.snapshot_changed(before, Snapshot([endpoint(2, models=("stays", "new"))]))
+    text = generate_latest(made.registry)
+    assert b"leaves" not in text
+    assert len(text.splitlines()) == size
+    assert value(made, "envoy_extproc_requests_total", model="stays", outcome="success") == 1
+
+
+def test_a_refusal_counts_under_a_model_that_is_known() -> None:
+    made = metrics()
+    made.finished(report(decision=None, served_by=None, outcome="refused", error_type="overload"))
+    assert value(made, "envoy_extproc_requests_total", model=MODEL, outcome="refused") == 1
+    assert value(made, "envoy_extproc_errors_total", model=MODEL, error_type="overload") == 1
 
 
 def test_models_that_nobody_serves_are_no_labels() -> None:

@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
+import pydantic
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -48,14 +49,20 @@ def decode(body: bytes, route: routes.Route = CHAT) -> InferenceRequest:
         (b'{"model":"m","x":{"stream_options":{"include_usage":true}}}', InferenceRequest(model="m")),
         # stream_options
         (b'{"model":"m","stream_options":null}', InferenceRequest(model="m", stream_options=True)),
-        (b'{"model":"m","stream_options":{}}', InferenceRequest(model="m", stream_options=True)),
-        (b'{"model":"m","stream_options":7}', InferenceRequest(model="m", stream_options=True)),
         (
-            b'{"model":"m","stream_options":{"include_usage":true}}',
-            InferenceRequest(model="m", stream_options=True, usage_asked=True),
+            b'{"model":"m","stream_options":{}}',
+            InferenceRequest(model="m", stream_options=True, add_usage=False),
         ),
         (
-            b'{"model":"m","stream_options":{"include_usage":1}}',
+            b'{"model":"m","stream_options":7}',
+            InferenceRequest(model="m", stream_options=True, add_usage=False),
+        ),
+        (
+            b'{"model":"m","stream_options":{"include_usage":true}}',
+            InferenceRequest(model="m", stream_options=True, add_usage=False),
+        ),
+        (
+            b'{"model":"m","stream_options":{"include_usage":false}}',
             InferenceRequest(model="m", stream_options=True),
         ),
     ],
@@ -72,6 +79,8 @@ def test_decode(body: bytes, expected: InferenceRequest) -> None:
         b'"x":NaN',
         b'"x":[Infinity,-Infinity]',
         b'"x":1e400',
+        b'"user":-1e400',
+        b'"stop":[1e400]',
         b'"x":' + b"9" * 400,
         b'"messages":[{"content":"\\ud83d"}]',
         b'"x":' + b"[" * 200 + b"]" * 200,
@@ -197,6 +206,62 @@ def test_any_json_is_read_or_refused_as_python_reads_it(
 # -- asking for usage ----------------------------------------------------------------------------------------------
 
 ON = '{"include_usage":true}'
+BOOLEAN = pydantic.TypeAdapter[bool | None](bool | None)  # what decides in vLLM and in SGLang
+VALUES = (
+    *(
+        "null",
+        "false",
+        "true",
+        "0",
+        "1",
+        "-0",
+        "0.0",
+        "-0.0",
+        "1.0",
+        "2",
+        "0.5",
+        "1e400",
+        "-1e400",
+        "NaN",
+        "[]",
+        "{}",
+    ),
+    *('""', '"0"', '"off"', '"f"', '"false"', '"n"', '"no"', '"OFF"', '"False"', '"No"', '"N"', '"F"'),
+    *('"1"', '"on"', '"t"', '"true"', '"y"', '"yes"', '" no"', '"no "', '"0.0"', '"null"', '"nö"', "[false]"),
+)
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_usage_is_added_where_an_engine_would_leave_it_out(value: str) -> None:
+    try:
+        declined = not BOOLEAN.validate_python(json.loads(value))
+    except pydantic.ValidationError:
+        declined = False  # the engine refuses it, which is for the client to see
+    body = b'{"model":"m","stream_options":{"include_usage":%b}}' % value.encode()
+    assert decode(body).add_usage is declined
+
+
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [
+        (b"null", True),
+        # vLLM takes an object without the member for yes, SGLang for no: each is left to it
+        (b"{}", False),
+        (b'{"continuous_usage_stats":true}', False),
+        (b'{"include_usag":false}', False),
+        (b'{"x":{"include_usage":false}}', False),
+        (b"7", False),
+        (b"[]", False),
+        (b"false", False),
+        (b'"null"', False),
+    ],
+)
+def test_usage_is_added_for_these_options(options: bytes, added: bool) -> None:
+    assert decode(b'{"model":"m","stream_options":' + options + b"}").add_usage is added
+
+
+def test_usage_is_added_where_there_are_no_options() -> None:
+    assert decode(b'{"model":"m"}').add_usage
 
 
 def asked(text: str) -> str:
@@ -208,27 +273,22 @@ def asked(text: str) -> str:
     ("options", "expected"),
     [
         ("null", ON),
-        ("{}", ON),
-        ("{ }", '{ "include_usage":true}'),
         ('{"include_usage":false}', ON),
         ('{"include_usage":null}', ON),
         ('{"include_usage" : false }', '{"include_usage" : true }'),
-        ('{"include_usage":true}', ON),
-        ('{"x":1}', '{"x":1,"include_usage":true}'),
+        ('{"include_usage":"No"}', ON),
+        ('{"x":1,"include_usage":0}', '{"x":1,"include_usage":true}'),
         ('{"include_usage":true,"include_usage":false}', '{"include_usage":true,"include_usage":true}'),
         ('{"incl\\u0075de_usage":false}', '{"incl\\u0075de_usage":true}'),
-        ('{"continuous_usage_stats":true}', '{"continuous_usage_stats":false,"include_usage":true}'),
         (
             '{"include_usage":false,"continuous_usage_stats":true}',
             '{"include_usage":true,"continuous_usage_stats":false}',
         ),
-        ('{"x":{"include_usage":false}}', '{"x":{"include_usage":false},"include_usage":true}'),
-        ('{"x":"}","y":[{}]}', '{"x":"}","y":[{}],"include_usage":true}'),
-        # an engine refuses these, so its answer is the client's
-        ("7", "7"),
-        ("[]", "[]"),
-        ('"null"', '"null"'),
-        ("true", "true"),
+        (
+            '{"include_usage":0,"x":{"include_usage":false}}',
+            '{"include_usage":true,"x":{"include_usage":false}}',
+        ),
+        ('{"x":"}","y":[{}],"include_usage":null}', '{"x":"}","y":[{}],"include_usage":true}'),
     ],
 )
 @pytest.mark.parametrize("space", ["", " ", "\n\t"])
@@ -304,7 +364,7 @@ def test_nothing_but_stream_options_changes(
         members = added | members if first else members | added
     body = json.dumps(members, indent=indent, ensure_ascii=escape).encode("utf-8", "replace")
     read = decode(body)
-    assume(not read.usage_asked)
+    assume(read.add_usage)
     result = ask_for_usage(body, read)
 
     wanted = json.loads(body)
@@ -314,7 +374,7 @@ def test_nothing_but_stream_options_changes(
     wanted["stream_options"] = kept | {"include_usage": True}
     assert json.loads(result) == wanted
 
-    assert decode(result).usage_asked
+    assert not decode(result).add_usage
     same_start = _common(body, result)
     same_end = _common(body[same_start:][::-1], result[same_start:][::-1])
     changed = body[same_start : len(body) - same_end]

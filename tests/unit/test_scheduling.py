@@ -156,6 +156,19 @@ def test_round_robin_while_endpoints_come_and_go() -> None:
     assert turn(1) == "pod-1"
 
 
+def test_round_robin_forgets_models_that_are_gone() -> None:
+    profile = Profile("turns", picker=RoundRobinPicker())
+    outer = Profile("outer", picker=MaxScorePicker(), fallback=profile)
+    candidates = [candidate(1), candidate(2), candidate(3)]
+
+    def turn(model: str | None) -> str:
+        return profile.run(SchedulingRequest(model=model), candidates, random.Random(1)).chosen.endpoint.name
+
+    assert [turn("stays"), turn("leaves"), turn(None)] == ["pod-1"] * 3
+    outer.keep_models({"stays"})
+    assert [turn("stays"), turn("leaves"), turn(None)] == ["pod-2", "pod-1", "pod-2"]
+
+
 def test_round_robin_counts_each_model_by_itself() -> None:
     picker = RoundRobinPicker()
     candidates = [candidate(1), candidate(2)]
@@ -276,7 +289,24 @@ def test_a_decision_explains_itself() -> None:
     assert names(decision.candidates) == ["pod-1", "pod-2"]
     (scores,) = decision.scores
     assert (scores.scorer, scores.weight, scores.values) == ("least-request", 1.0, (0.0, 1.0))
-    assert [each.name for each in decision.order] == ["pod-2", "pod-1"]
+    assert [each.name for each in decision.order] == ["pod-2", "pod-1", "pod-2"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "tries", "order"),
+    [
+        ([1], 1, ["pod-1"]),
+        ([1], 3, ["pod-1", "pod-1", "pod-1"]),
+        ([1, 2], 3, ["pod-1", "pod-2", "pod-1"]),
+        ([1, 2, 3], 3, ["pod-1", "pod-2", "pod-3"]),
+        ([1, 2, 3], 2, ["pod-1", "pod-2"]),
+    ],
+)
+def test_an_order_is_as_long_as_envoys_tries(numbers: list[int], tries: int, order: list[str]) -> None:
+    candidates = [candidate(number) for number in numbers]
+    made = registry.build()["round-robin"].run(REQUEST, candidates, random.Random(1), tries=tries)
+    assert [each.name for each in made.order] == order
+    assert made.order[0] == made.chosen.endpoint
 
 
 @pytest.mark.parametrize(("weights", "chosen"), [((1.0, 3.0), "pod-2"), ((3.0, 1.0), "pod-1")])
@@ -313,7 +343,11 @@ def test_what_holds_of_every_decision(
     assert decision.chosen in candidates
     assert order[0] == decision.chosen.endpoint.address
     assert set(order) <= set(left) <= everyone
-    assert len(set(order)) == len(order) == min(tries, len(left))
+    assert len(order) == tries
+    assert len(set(order)) == min(tries, len(left))  # nobody twice before everybody once
+    assert all(
+        one == again for one, again in zip(order, order[len(left) :], strict=False)
+    )  # then round again
     gone = {name for _, names_ in decision.filtered for name in names_}
     assert gone | {each.endpoint.name for each in decision.candidates} == set(names(candidates))
     for scores in decision.scores:

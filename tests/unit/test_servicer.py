@@ -80,6 +80,11 @@ class Service:
     address: str
     open: Callable[[], Stream]
 
+    async def give_back(self, *, held_only: bool) -> None:
+        """As a drain does it again and again: once no reply is on its way, so that it passes over no stream."""
+        await until(lambda: not any(call.writing for call in self.processor._live.values()))
+        self.processor.give_back(held_only=held_only)
+
     async def report(self) -> Report:
         """The one report, as soon as the stream is over for the server too."""
         await until(lambda: self.processor.live == 0 and bool(self.told.reports))
@@ -293,10 +298,24 @@ async def test_an_answer_of_envoys_own_without_a_pod() -> None:
     async with service() as served:
         stream = served.open()
         await say(stream, request_headers())
-        await say(stream, response_headers("408", upstream="10.0.0.2:8000"))
+        await say(stream, response_headers("408", upstream=""))
         await stream.done_writing()
         assert await ended(stream)
-        assert (await served.report()).decision is None
+        report = await served.report()
+        assert (report.decision, report.error_type) == (None, "client")
+        assert served.in_flight.total == 0
+
+
+async def test_an_answer_of_a_pod_that_nobody_chose_is_an_error_of_ours() -> None:
+    async with service() as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        await say(stream, response_headers(upstream="10.0.0.2:8000"))
+        await stream.done_writing()
+        assert await ended(stream)
+        report = await served.report()
+        assert (report.outcome, report.error_type) == ("error", "internal")
+        assert report.error == "served-undecided"
         assert served.in_flight.total == 0
 
 
@@ -336,14 +355,14 @@ async def test_streams_of_which_nothing_is_to_be_read_are_given_back() -> None:
         await until_answer(reading)
         await say(waiting, request_headers())
 
-        served.processor.give_back(held_only=True)
+        await served.give_back(held_only=True)
         assert await ended(held)
         assert await held.code() is grpc.StatusCode.OK
         await until(lambda: served.processor.live == 2)
         assert [report.outcome for report in served.told.reports] == ["success"]
 
         assert (await say(reading, response_body(sse(token())))).WhichOneof("response") == "response_body"
-        served.processor.give_back(held_only=False)
+        await served.give_back(held_only=False)
         assert await ended(reading)
         assert await reading.code() is grpc.StatusCode.OK
         await until(lambda: served.processor.live == 1)
@@ -361,19 +380,51 @@ async def test_what_is_held_back_goes_out_before_a_stream_is_given_back() -> Non
         text = sse(token("one"), token("two"))
         first = await say(stream, response_body(text[:20]))
         assert first.response_body.response.body_mutation.clear_body
-        served.processor.give_back(held_only=False)
+        await served.give_back(held_only=False)
         second = await say(stream, response_body(text[20:40]))
         assert second.response_body.response.body_mutation.body == text[:40]
-        served.processor.give_back(held_only=False)
+        await served.give_back(held_only=False)
         assert await ended(stream)
         assert await stream.code() is grpc.StatusCode.OK
+
+
+class Impatient(Told):
+    """Gives back at the first moment there is: while the reply with the pod is being written."""
+
+    processor: ExternalProcessor
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        super().decided(decision, seconds)
+        asyncio.get_running_loop().call_soon(self.give_back)
+
+    def give_back(self) -> None:
+        (call,) = self.processor._live.values()
+        self.writing = call.writing
+        self.processor.give_back(held_only=False)
+        self.returning = call.returning
+
+
+async def test_a_stream_is_not_given_back_in_the_middle_of_a_reply() -> None:
+    """GET /v1/models: the first reply is the one with the pod. Cancelled in it, gRPC never ends the stream."""
+    impatient = Impatient()
+    async with service(hooks=[impatient]) as served, asyncio.timeout(5):
+        impatient.processor = served.processor
+        stream = served.open()
+        reply = await say(stream, request_headers("/v1/models", end=True))
+        assert reply.HasField("dynamic_metadata")
+        assert (impatient.writing, impatient.returning) == (True, False)
+
+        await served.give_back(held_only=False)
+        assert await ended(stream)
+        assert await stream.code() is grpc.StatusCode.OK
+        assert (await served.report()).outcome == "drained"
 
 
 async def test_drained_at_once_where_nothing_is_open() -> None:
     async with service() as served:
         async with asyncio.timeout(1):
             await eventually(lambda: served.processor.live == 0)
-        served.processor.give_back(held_only=False)
+        await served.give_back(held_only=False)
 
 
 # -- defects -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from envoy_extproc.engines.scraper import ScrapeSettings
+from envoy_extproc.exchange.exchange import ExchangeSettings
 from envoy_extproc.scheduling.registry import POLICIES
+from envoy_extproc.server import app
+from envoy_extproc.server.director import RoutingRules
 from envoy_extproc.settings import ENV_PREFIX, Settings, SettingsError, load, parse
 
 ENDPOINTS: dict[str, Any] = {
@@ -65,6 +69,10 @@ def test_the_least_configuration() -> None:
         ({"models": {"m": {"nope": 1}}}, "configuration: models.m.nope: unknown key"),
         ({"limits": {"rpm": 1}}, "configuration: limits.rpm: unknown key"),
         ({"auth": {"mode": "header"}}, "configuration: auth.mode: Input should be 'none'"),
+        (
+            {"envoy": {"endpoints_file": "pods.yaml"}},
+            "configuration: envoy.endpoints_file: must end in .json",
+        ),
         ({"discovery": {}}, "configuration: discovery: give `static`: nobody can be chosen otherwise"),
         ({"discovery": {"static": {}}}, "configuration: discovery.static: give either `endpoints` or `file`"),
         ({"_env_file": "x"}, "configuration: _env_file: unknown key"),
@@ -95,6 +103,13 @@ def test_values_out_of_bounds_are_refused(section: dict[str, Any]) -> None:
     (name,) = section
     (line,) = {line.split(": ")[1].split(".")[0] for line in refusal(LEAST | section)}
     assert line == name
+
+
+def test_the_parts_have_the_same_defaults() -> None:
+    settings = parsed(LEAST)
+    assert app._scrape_settings(settings) == ScrapeSettings()
+    assert app._rules(settings) == RoutingRules()
+    assert app._exchange_settings(settings) == ExchangeSettings()
 
 
 def test_everything_wrong_is_said_at_once() -> None:
@@ -128,6 +143,7 @@ def test_addresses(address: str) -> None:
         ("ENGINES__SCRAPE_INTERVAL_MS", "50", ("engines", "scrape_interval_ms"), 50),
         ("ENVOY__FAIL_OPEN", "false", ("envoy", "fail_open"), False),
         ("ENVOY__SERVERS", '["a:1"]', ("envoy", "servers"), ("a:1",)),
+        ("ENVOY__ENDPOINTS_FILE", "pods.json", ("envoy", "endpoints_file"), Path("pods.json")),
     ],
 )
 def test_the_environment_wins_over_the_file(
@@ -152,9 +168,44 @@ def test_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SERVICE_HOST", "10.96.0.1"),
+        ("SERVICE_PORT", "9002"),
+        ("SERVICE_PORT_GRPC", "9002"),
+        ("PORT", "tcp://10.96.0.1:9002"),
+        ("PORT_9002_TCP", "tcp://10.96.0.1:9002"),
+        ("PORT_9002_TCP_PROTO", "tcp"),
+        ("PORT_9002_TCP_PORT", "9002"),
+        ("PORT_9002_TCP_ADDR", "10.96.0.1"),
+        ("SERVER_SERVICE_HOST", "10.96.0.1"),  # of a Service called envoy-extproc-server
+        ("SERVER_PORT", "tcp://10.96.0.1:9002"),
+    ],
+)
+def test_what_kubernetes_tells_of_services_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    expected = parsed(LEAST)
+    monkeypatch.setenv(ENV_PREFIX + name, value)
+    assert parsed(LEAST) == expected
+
+
+def test_a_whole_section_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_PREFIX + "ROUTING", '{"policy": "random"}')
+    assert parsed(LEAST).routing.policy == "random"
+
+
+def test_names_in_the_environment_have_no_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_PREFIX + "routing__policy", "random")
+    assert parsed(LEAST).routing.policy == "random"
+
+
+@pytest.mark.parametrize(
     ("name", "value", "wrong"),
     [
         ("NOPE__X", "1", "ENVOY_EXTPROC_NOPE__X: unknown key"),
+        ("nope__x", "1", "ENVOY_EXTPROC_nope__x: unknown key"),
+        ("SERVER_PORT__X", "1", "ENVOY_EXTPROC_SERVER_PORT__X: unknown key"),
         ("SERVER__NOPE", "1", "server.nope: unknown key"),
         ("ROUTING__POLICY", "best", "routing.policy: no policy 'best'"),
         ("ENVOY__SERVERS", "a:1", "envoy"),

@@ -250,6 +250,8 @@ def test_mode_override(
     mode = encode(reply).mode_override
     assert (mode.request_body_mode, mode.response_body_mode, mode.response_trailer_mode) == modes
     assert mode.response_header_mode == Mode.SEND
+    # Left unset, request trailers come as Envoy is configured; behind a body that is not read they must not.
+    assert mode.request_trailer_mode == (Mode.SKIP if request_body is BodyMode.NONE else Mode.DEFAULT)
 
 
 def test_an_immediate_response() -> None:
