@@ -126,8 +126,14 @@ class Engines(_Section):
 class Responses(_Section):
     """How answers are read."""
 
-    accounting: Literal["auto", "stream", "none"] = "auto"
-    """auto and stream read every answer as it passes; none reads nothing and counts no tokens."""
+    accounting: Literal["auto", "stream", "native", "none"] = "auto"
+    """Who reads the answers. native: `native.lua` inside Envoy, whose access log brings the figures. stream: this server,
+    each chunk as it passes. auto: native wherever Envoy announces the script and its access log is heard of, else
+    stream. none: nobody, and no tokens are counted."""
+    hold_streams: bool = True
+    """In the native lane the stream to Envoy stays open to the end of the request, which frees its place in the counts at
+    once. false: it ends with the decision, so that a client outlives a server that is killed though Envoy fails closed;
+    its place is then freed by the access-log entry, 0.1 s late, and that must reach this server: no `envoy.servers`."""
     max_event_bytes: int = Field(default=1_048_576, ge=1024)
     """An event with log-probabilities or an image is tens of KB."""
     max_json_bytes: int = Field(default=16_777_216, ge=1024)
@@ -199,6 +205,14 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     auth: Auth = Auth()
     models: Mapping[str, Model] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_server_frees_what_it_counts(self) -> Self:
+        if not self.responses.hold_streams and self.envoy.servers:
+            raise ValueError(
+                "responses.hold_streams: false needs the access log of every request at this server, so no envoy.servers"
+            )
+        return self
 
     @property
     def fail_open(self) -> bool:

@@ -12,6 +12,7 @@ What it is careful about, and why:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def bootstrap(options: BootstrapOptions) -> str:
         "# Envoy 1.40 bootstrap, printed by `envoy-extproc config envoy`.\n"
         f"# ext_proc fails {mode}; {len(options.endpoints)} endpoint(s). {_advice(options)}"
     )
-    return head + yaml.safe_dump(as_dict(options), sort_keys=False, width=110)
+    return head + yaml.dump(as_dict(options), Dumper=_Dumper, sort_keys=False, width=110)
 
 
 def _advice(options: BootstrapOptions) -> str:
@@ -135,6 +136,17 @@ def _advice(options: BootstrapOptions) -> str:
             "# requests to a pod of its own choice. Set `envoy.endpoints_file`, and Envoy learns of them at once.\n"
         )
     return "Print it again when endpoints change:\n# Envoy can only be sent to pods it knows.\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a text of several lines as a block, so that the script in the bootstrap can be read."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def as_dict(options: BootstrapOptions) -> Json:
@@ -160,6 +172,7 @@ def _listener(options: BootstrapOptions) -> Json:
         "@type": _TYPE + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "ingress",
         "use_remote_address": True,
+        "always_set_request_id_in_response": True,  # also where Envoy answers by itself
         "preserve_external_request_id": True,  # engines build their ids from the client's own x-request-id
         "stream_idle_timeout": "600s",  # the longest silence before or between two tokens
         "request_headers_timeout": "10s",
@@ -172,7 +185,8 @@ def _listener(options: BootstrapOptions) -> Json:
         "early_header_mutation_extensions": [_hygiene()],
         "local_reply_config": {"mappers": [_mapper(each) for each in _LOCAL_REPLIES]},
         "route_config": _routes(options),
-        "http_filters": [_ext_proc_filter(options), _router()],
+        # Lua first: it announces itself before ext_proc asks, and sees the answer last.
+        "http_filters": [_lua_filter(), _ext_proc_filter(options), _router()],
         "access_log": [_access_log()],
     }
     chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
@@ -241,7 +255,9 @@ def _access_log() -> Json:
                 "transport_api_version": "V3",
                 "grpc_service": {"envoy_grpc": {"cluster_name": _LOG_CLUSTER}},
                 "buffer_flush_interval": "0.1s",
-                "buffer_size_bytes": 65_536,
+                # Written every 0.1 s and not before. Envoy drops entries that find this full and its connection too:
+                # 2,000 streams that end at once are 3 MB.
+                "buffer_size_bytes": 16 * _WINDOW,
             },
         },
     }
@@ -263,9 +279,35 @@ def _routes(options: BootstrapOptions) -> Json:
         "name": "models",
         "domains": ["*"],
         "request_body_buffer_limit": options.max_body_bytes,
+        # Who answered, for native.lua, which cannot see it and takes it off again. Where Envoy answers itself, it adds
+        # this too, with the address that it tried last: the details tell that from a pod's answer.
+        "response_headers_to_add": [
+            {
+                "header": {
+                    "key": "x-envoy-extproc-served",
+                    "value": "%UPSTREAM_REMOTE_ADDRESS% %RESPONSE_CODE_DETAILS%",
+                },
+                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+            }
+        ],
         "routes": [{"match": {"prefix": "/"}, "route": route}],
     }
     return {"name": "models", "virtual_hosts": [host]}
+
+
+def _lua_filter() -> Json:
+    return {
+        "name": "envoy.filters.http.lua",
+        "typed_config": {
+            "@type": _TYPE + "extensions.filters.http.lua.v3.Lua",
+            "default_source_code": {"inline_string": native_lua()},
+        },
+    }
+
+
+def native_lua() -> str:
+    """The script of the native lane, as Envoy's Lua filter takes it."""
+    return files(__package__).joinpath("native.lua").read_text("utf-8")
 
 
 def _ext_proc_filter(options: BootstrapOptions) -> Json:
@@ -290,7 +332,7 @@ def _ext_proc_filter(options: BootstrapOptions) -> Json:
             "processing_mode": {
                 "request_header_mode": "SEND",
                 "request_body_mode": "BUFFERED",
-                "response_header_mode": "SEND",
+                "response_header_mode": "SKIP",  # asked for by the reply to request headers where it must be seen
                 "response_body_mode": "NONE",
                 "request_trailer_mode": "SEND",
                 "response_trailer_mode": "SKIP",
@@ -302,7 +344,7 @@ def _ext_proc_filter(options: BootstrapOptions) -> Json:
             ],
             "mutation_rules": {"allow_all_routing": False, "allow_envoy": False},
             "metadata_options": {
-                "forwarding_namespaces": {"untyped": ["envoy.lb.subset_hint"]},
+                "forwarding_namespaces": {"untyped": ["envoy.lb.subset_hint", "envoy_extproc_lua"]},
                 "receiving_namespaces": {"untyped": ["envoy.lb", "envoy_extproc"]},
             },
         },
@@ -371,7 +413,8 @@ def _server_cluster(name: str, options: BootstrapOptions) -> Json:
         "name": name,
         "type": "STRICT_DNS",
         "connect_timeout": "0.25s",
-        "lb_policy": "LEAST_REQUEST",
+        # Log streams go round, so that every server hears that the log is wired.
+        "lb_policy": "ROUND_ROBIN" if name == _LOG_CLUSTER else "LEAST_REQUEST",
         "circuit_breakers": _breakers(),
         # A server that drains says so, and gets no new requests while another one is ready.
         "health_checks": [_health_check()],

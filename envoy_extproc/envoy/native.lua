@@ -4,7 +4,7 @@
 -- to the server. Only where the server's reply then asks for it (metadata `envoy_extproc.native`) the answer is touched:
 --
 --   * the response headers get the request's id, the policy, and the pod that served (also after a retry: the route puts
---     %UPSTREAM_REMOTE_ADDRESS% into a header of its own, which is removed here);
+--     %UPSTREAM_REMOTE_ADDRESS% %RESPONSE_CODE_DETAILS% into a header of its own, which is removed here);
 --   * with `read`, usage, first and last token, their number and errors inside the answer are noted in metadata
 --     `envoy_extproc_lua`, which the gRPC access log carries to the server, one entry for a request however it ends;
 --   * with `hide`, what only the server's asking for usage made the engine write is taken out: the usage event, and
@@ -295,19 +295,25 @@ local function number(value)
   return value and format("%.0f", value) or "null"
 end
 
+-- An engine's bytes for metadata. Envoy sends strings there as they are, and no server can take a message of its log in
+-- which one is no UTF-8: every entry of that message would be lost. Numbers and codes are ASCII.
+local function plain(text)
+  return (gsub(text, "[\128-\255]", "?"))
+end
+
 -- Writes what is known into metadata. One string: each value set costs Envoy a message of its own.
 local function note(h, answer)
   local metadata = h:streamInfo():dynamicMetadata()
   metadata:set(TOLD, "answer", format(
-    '{"streamed":%s,"ended":%s,"done":%s,"tokens":%d,"text":%d,"delivered":%d,"first":%s,"last":%s,"removed":%d,'
+    '{"streamed":%s,"ended":%s,"done":%s,"tokens":%d,"text":%d,"delivered":%d,"head":%d,"first":%s,"last":%s,"removed":%d,'
       .. '"oversized":%d,"unreadable":%d,"unread":"%s","failure":%s}',
     tostring(answer.streamed), tostring(answer.ended), tostring(answer.done), answer.tokens, answer.text,
-    answer.delivered, number(answer.first), number(answer.last), answer.removed, answer.oversized,
+    answer.delivered, answer.head or 0, number(answer.first), number(answer.last), answer.removed, answer.oversized,
     answer.unreadable, answer.unread or "", answer.failure and "true" or "false"))
   if not answer.fresh then return end
   answer.fresh = false
-  if answer.usage then metadata:set(TOLD, "usage", answer.usage) end
-  if answer.error then metadata:set(TOLD, "error", answer.error) end
+  if answer.usage then metadata:set(TOLD, "usage", plain(answer.usage)) end
+  if answer.error then metadata:set(TOLD, "error", plain(answer.error)) end
 end
 
 local function remember(answer, body, s)
@@ -318,13 +324,12 @@ local function remember(answer, body, s)
 end
 
 -- Reads a stream. `pending` is what has come of an event that is not whole yet. The shape of a token's event: `head`, the
--- bytes right before its text, stand at `offset`, `tail` behind the text, and the text is not empty, which the byte at
--- `after` tells. Where an engine writes `"usage":null` last and it is to be hidden, the last `cut` bytes of such an event
--- are replaced by `rest`.
+-- bytes right before its text, stand at `offset`, `tail` behind the text; `around` is how long all but the text is. Where
+-- an engine writes `"usage":null` last and it is to be hidden, the last `cut` bytes of such an event are replaced by `rest`.
 local function new_reader(hide, limit)
   return {
     answer = new_answer(true), hide = hide, limit = limit, pending = "", scanned = 1, skipping = false, crs = false,
-    offset = nil, head = "", after = 0, empty = 34, tail = "", around = 0, cut = 0, rest = "",
+    offset = nil, head = "", tail = "", around = 0, cut = 0, rest = "",
   }
 end
 
@@ -337,19 +342,18 @@ local function learn(reader, event, data_at, body, cut, rest)
   local opening, closing = data_at + body.from - 1, data_at + body.to - 1
   reader.offset = opening - HEAD + 1
   reader.head = sub(event, reader.offset, opening)
-  reader.after = opening + 1
-  reader.empty = byte(event, closing)
   reader.tail = sub(event, closing)
   reader.around = opening + #reader.tail
   reader.cut, reader.rest = cut, rest
 end
 
--- Whether s is one token's event of the shape learned, and nothing else.
+-- Whether s is one event of the shape learned, and nothing else; its text may be empty.
 local function fits(reader, s, size)
   local offset = reader.offset
+  if not offset or size < reader.around then return false end
   local tail = size - #reader.tail + 1
-  return offset and tail > offset and find(s, "\n\n", 1, true) == size - 1 and find(s, reader.head, offset, true) == offset
-    and byte(s, reader.after) ~= reader.empty and find(s, reader.tail, tail, true) == tail
+  return find(s, "\n\n", 1, true) == size - 1 and find(s, reader.head, offset, true) == offset
+    and find(s, reader.tail, tail, true) == tail
 end
 
 local function count(answer, tokens, text, at)
@@ -363,7 +367,7 @@ end
 local function shown_of(reader, event, at)
   local answer, size = reader.answer, #event
   if fits(reader, event, size) then
-    count(answer, 1, size - reader.around, at)
+    if size > reader.around then count(answer, 1, size - reader.around, at) end
     return reader.cut == 0 and event or sub(event, 1, size - reader.cut) .. reader.rest
   end
   local data, data_at = data_of(event)
@@ -416,6 +420,10 @@ local function feed(reader, s, at)
     else
       shown = shown_of(reader, event, at)
       changed = changed or shown ~= event
+      local answer = reader.answer
+      if answer.tokens > 0 and not answer.head then
+        answer.head = answer.delivered + start - 1 - (reader.hide and 0 or #held)
+      end
     end
     out[#out + 1] = shown
     start, scan = stop + 1, stop + 1
@@ -460,10 +468,17 @@ local function pass_on(h, reader, chunk, s)
   return shown
 end
 
+-- The answer was headers alone, and nothing is to be missed in it.
+local function nothing_came(answer)
+  answer.streamed, answer.unread = false, "content-type"
+end
+
 local function end_stream(h, reader, last, last_shown)
   local answer = reader.answer
   answer.ended = true
-  if not answer.failure then
+  if not last then
+    nothing_came(answer)
+  elseif not answer.failure then
     local ok, rest = pcall(finish, reader, now(h))
     if not ok then answer.failure, rest = rest, reader.hide and reader.pending or "" end
     -- Envoy does not say which chunk is the last, but the last one is still at hand behind the loop.
@@ -481,9 +496,12 @@ local function read_stream(h, reader)
     if size > 0 then
       local s = chunk:getBytes(0, size)
       if reader.pending == "" and fits(reader, s, size) then
-        answer.tokens = answer.tokens + 1
-        answer.text = answer.text + size - reader.around
-        answer.last = h:timestamp() * 1000
+        local text = size - reader.around
+        if text > 0 then
+          answer.tokens = answer.tokens + 1
+          answer.text = answer.text + text
+          answer.last = h:timestamp() * 1000
+        end
         shown = s
         if reader.cut > 0 then
           shown = sub(s, 1, size - reader.cut) .. reader.rest
@@ -593,7 +611,9 @@ end
 
 local function read_json(h, reader)
   local answer = reader.answer
+  local came = false
   for chunk in h:bodyChunks() do
+    came = true
     local size = chunk:length()
     if size > 0 and not answer.failure and answer.oversized == 0 then
       local ok, failure = pcall(feed_json, reader, chunk:getBytes(0, size))
@@ -601,7 +621,9 @@ local function read_json(h, reader)
     end
   end
   answer.ended = true
-  if not answer.failure then
+  if not came then
+    nothing_came(answer)
+  elseif not answer.failure then
     local ok, failure = pcall(finish_json, reader)
     if not ok then answer.failure = failure end
   end
@@ -622,6 +644,12 @@ end
 local function is_encoded(headers)
   local value = string.lower(headers:get("content-encoding") or "")
   return value ~= "" and value ~= "identity"
+end
+
+-- Address of the pod that answered; nil where Envoy did. A pod's answer has no details yet when the header is made.
+local function served_by(value)
+  local address, details = string.match(value or "", "^(%S+) ?(%S*)")
+  return (details == "" or details == "-" or details == "via_upstream") and address or nil
 end
 
 -- The headers that every routed answer carries. `pods` is "address name" by line: who may have served.
@@ -649,7 +677,7 @@ function envoy_on_response(h)
   if served then headers:remove(SERVED) end
   local asked = h:streamInfo():dynamicMetadata():get(ASKED)
   if not asked or asked.native ~= VERSION then return end
-  set_headers(headers, asked, served)
+  set_headers(headers, asked, served_by(served))
   local status = tonumber(headers:get(":status")) or 0
   if not asked.read or status >= 300 then return end
   local kind = media_type(headers)

@@ -38,6 +38,30 @@ class LoadReport(msgspec.Struct, frozen=True):
     candidate: Candidate
 
 
+class Handover(msgspec.Struct, frozen=True, kw_only=True):
+    """What `native.lua` is to do on the answer, and what the access log brings back.
+
+    Attributes:
+        request_id: for the response headers.
+        policy: likewise.
+        pods: address and name of those who may serve.
+        read: whether usage is to be looked for.
+        hide: whether usage is in the answer only because this server asked for it.
+        max_event_bytes: an event beyond this passes unparsed; a JSON answer, where no stream was asked for.
+        facts: JSON for whoever gets the access-log entry.
+        load_report: the ORCA report to add to the response headers.
+    """
+
+    request_id: str
+    policy: str
+    pods: tuple[tuple[str, str], ...]
+    read: bool
+    hide: bool
+    max_event_bytes: int
+    facts: bytes
+    load_report: LoadReport | None = None
+
+
 class Continue(msgspec.Struct, frozen=True, kw_only=True):
     """CommonResponse: go on, with these changes.
 
@@ -48,9 +72,11 @@ class Continue(msgspec.Struct, frozen=True, kw_only=True):
         body: what to pass on instead of the body in the message; None leaves it.
         destination: addresses to try in order, for Envoy's ``override_host``.
         request_body: how the request body is to be handed over; None leaves it BUFFERED.
+        response_headers: whether the response headers are to be shown here; None leaves the mode.
         response_body: how the response body is to be handed over from here on; None leaves the mode.
         clear_route_cache: whether Envoy chooses its route again.
         load_report: the ORCA report to add to the response headers.
+        handover: the answer is Envoy's own to read; None where it is read here.
     """
 
     phase: Phase
@@ -59,13 +85,19 @@ class Continue(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes | None = None
     destination: tuple[str, ...] = ()
     request_body: BodyMode | None = None
+    response_headers: bool | None = None
     response_body: BodyMode | None = None
     clear_route_cache: bool = False
     load_report: LoadReport | None = None
+    handover: Handover | None = None
 
 
 PASS: Mapping[Phase, Continue] = {phase: Continue(phase=phase) for phase in Phase}
 """Replies that change nothing, made once: every token of an answer gets one."""
+
+
+SHOW_RESPONSE = Continue(phase=Phase.REQUEST_HEADERS, response_headers=True)
+"""The reply to request headers whose answer is to be read here."""
 
 
 class Respond(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,4 +134,14 @@ class Finish(msgspec.Struct, frozen=True):
     report: Report
 
 
-Command = Continue | Respond | Schedule | Serve | Finish
+class Release(msgspec.Struct, frozen=True):
+    """The stream of an exchange in the native lane is at its end: its report comes with the access-log entry.
+
+    Attributes:
+        request_id: the id by which that report will go.
+    """
+
+    request_id: str
+
+
+Command = Continue | Respond | Schedule | Serve | Finish | Release

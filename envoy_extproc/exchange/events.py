@@ -14,12 +14,14 @@ class RequestHeaders(msgspec.Struct, frozen=True):
 
     Attributes:
         subset: the endpoints that the picker protocol's subset hint allows; None where there is no hint.
+        lua: the version that `native.lua` announced; 0 where it is not there.
     """
 
     at: float
     headers: Headers
     end_of_stream: bool
     subset: tuple[str, ...] | None = None
+    lua: int = 0
 
 
 class RequestBody(msgspec.Struct, frozen=True):

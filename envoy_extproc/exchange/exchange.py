@@ -9,7 +9,8 @@ Three rules:
 1. Every state change is in `TABLE`; `receive` looks up and does nothing else. What the table does not list is a
    message that should not come: it gets an empty reply of its own phase, is counted, and changes nothing.
 2. `Schedule` is a question. It is answered by `Scheduled` or `Refused`, and only then Envoy gets its reply.
-3. `StreamClosed` comes exactly once and last, in whatever state; it yields the one `Finish` with the one `Report`.
+3. `StreamClosed` comes exactly once and last, in whatever state; it yields the one `Finish` with the one `Report`, or
+   `Release` in the native lane, unless this server refused the request: then the report comes with Envoy's access-log entry (see `native`).
    In-flight is held from the answer to `Schedule` until then: the stream is held open to the end of the exchange.
 
     AWAIT_REQUEST_HEADERS --headers--> AWAIT_REQUEST_BODY --body--> AWAIT_DECISION --Scheduled--> AWAIT_RESPONSE_HEADERS
@@ -17,7 +18,8 @@ Three rules:
              +--no body: AWAIT_DECISION       +--bad: ANSWERED           +--Refused: ANSWERED    AWAIT_RESPONSE_BODY |
                                               +--trailers: ANSWERED                                 +--------> HELD
 
-HELD is: nothing more has to be read, only the end is awaited. A request with trailers and no DATA frame has no body
+HELD is: nothing more has to be read, only the end is awaited. Where Envoy has `native.lua`, Scheduled leads to
+HANDED_OVER instead, which is the same for an answer that the script reads. A request with trailers and no DATA frame has no body
 message: the trailers come in its place. Behind a body they come by themselves and change nothing.
 """
 
@@ -34,12 +36,15 @@ from envoy_extproc.errors import BadRequest, GatewayError, PayloadTooLarge
 from envoy_extproc.exchange import control
 from envoy_extproc.exchange.commands import (
     PASS,
+    SHOW_RESPONSE,
     BodyMode,
     Command,
     Continue,
     Finish,
+    Handover,
     LoadReport,
     Phase,
+    Release,
     Respond,
     Schedule,
     Serve,
@@ -56,7 +61,9 @@ from envoy_extproc.exchange.events import (
     Scheduled,
     StreamClosed,
 )
+from envoy_extproc.exchange.native import LUA_VERSIONS, MAX_TEXT, Facts
 from envoy_extproc.exchange.record import Record
+from envoy_extproc.exchange.report import routing_of
 from envoy_extproc.headers import Headers
 from envoy_extproc.openai import request as openai_request
 from envoy_extproc.openai import routes
@@ -74,6 +81,7 @@ class State(Enum):
     AWAIT_RESPONSE_HEADERS = auto()
     AWAIT_RESPONSE_BODY = auto()
     HELD = auto()
+    HANDED_OVER = auto()
     ANSWERED = auto()
     CLOSED = auto()
 
@@ -117,6 +125,7 @@ class Exchange:
 
     Args:
         settings: what is the same for every exchange.
+        native: whether the answer may be left to `native.lua`, where Envoy has it.
         lookup: the endpoint of an address.
         new_request_id: makes an id for a request that came without.
 
@@ -127,9 +136,11 @@ class Exchange:
 
     __slots__ = (
         "_awaited_phase",
+        "_decision",
         "_headers",
         "_hide_usage",
         "_lookup",
+        "_native",
         "_new_request_id",
         "_reader",
         "_rewritten",
@@ -140,7 +151,14 @@ class Exchange:
         "state",
     )
 
-    def __init__(self, settings: ExchangeSettings, lookup: Lookup, new_request_id: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        settings: ExchangeSettings,
+        lookup: Lookup,
+        new_request_id: Callable[[], str],
+        *,
+        native: bool = False,
+    ) -> None:
         self.state = State.AWAIT_REQUEST_HEADERS
         self.record = Record(accounting=settings.accounting)
         self._settings = settings
@@ -153,6 +171,8 @@ class Exchange:
         self._rewritten: bytes | None = None
         self._hide_usage = False
         self._reader: Reader | None = None
+        self._native = native
+        self._decision: Decision | None = None
 
     def receive(self, event: Event) -> Sequence[Command]:
         """Moves by one event; returns what is to be done, in order."""
@@ -180,6 +200,7 @@ class Exchange:
         record, headers = self.record, event.headers
         self._headers = headers
         self._subset = event.subset
+        self._native = self._native and event.lua in LUA_VERSIONS
         target = headers.get(":path") or ""
         record.started = event.at
         record.request_id = headers.get("x-request-id") or self._new_request_id()
@@ -193,7 +214,7 @@ class Exchange:
         if length is not None and length > self._settings.max_body_bytes:
             return self._refuse(self._too_large())
         self.state = State.AWAIT_REQUEST_BODY
-        return (PASS[Phase.REQUEST_HEADERS],)
+        return (PASS[Phase.REQUEST_HEADERS] if self._native else SHOW_RESPONSE,)
 
     def request_body(self, event: RequestBody) -> Sequence[Command]:
         """The whole body: reads it, and asks the engine for usage in it where none would come by itself."""
@@ -233,20 +254,52 @@ class Exchange:
 
     def scheduled(self, event: Scheduled) -> Sequence[Command]:
         """The decision, and with it the reply that Envoy waits for."""
-        self.state = State.AWAIT_RESPONSE_HEADERS
-        self.record.decision = event.decision
+        self.state = State.HANDED_OVER if self._native else State.AWAIT_RESPONSE_HEADERS
+        self._decision = event.decision
+        self.record.routing = routing_of(event.decision)
         body, self._rewritten = self._rewritten, None  # a long prompt is not kept for the whole stream
-        return (
-            Continue(
-                phase=self._awaited_phase,
-                set_headers=self._routed_headers(event.decision, body),
-                remove_headers=control.to_remove(self._headers, model_known=self.record.model is not None),
-                body=body,
-                destination=tuple([endpoint.address for endpoint in event.decision.order]),
-                # A body that nobody reads here goes straight to the pod, however long it is.
-                request_body=BodyMode.NONE if self._route is None else None,
-                clear_route_cache=self._settings.clear_route_cache,
-            ),
+        reply = Continue(
+            phase=self._awaited_phase,
+            set_headers=self._routed_headers(event.decision, body),
+            remove_headers=control.to_remove(self._headers, model_known=self.record.model is not None),
+            body=body,
+            destination=self.record.routing.order,
+            # A body that nobody reads here goes straight to the pod, however long it is.
+            request_body=BodyMode.NONE if self._route is None else None,
+            # Envoy takes a mode for the answer with the first reply alone.
+            response_headers=not self._native if self._awaited_phase is Phase.REQUEST_HEADERS else None,
+            clear_route_cache=self._settings.clear_route_cache,
+            handover=self._handover(event.decision) if self._native else None,
+        )
+        if self._native:
+            self._headers, self._decision = _NO_HEADERS, None  # not needed for the rest of a long stream
+        return (reply,)
+
+    def _handover(self, decision: Decision) -> Handover:
+        record, inference = self.record, self.record.inference
+        assert record.routing is not None
+        read = inference is not None and self._settings.accounting
+        stream = inference is not None and inference.stream
+        facts = Facts(
+            request_id=_clean(record.request_id),
+            path=_clean(record.path),
+            routing=record.routing,
+            operation=record.operation,
+            model=None if record.model is None else _clean(record.model),
+            stream=stream,
+            read=read,
+            prompt_tokens_estimate=0 if inference is None else inference.prompt_tokens_estimate,
+            unexpected=record.unexpected,
+        )
+        return Handover(
+            request_id=record.request_id,
+            policy=decision.decided_by,
+            pods=tuple([(endpoint.address, endpoint.name) for endpoint in decision.order]),
+            read=read,
+            hide=self._hide_usage,
+            max_event_bytes=self._settings.max_event_bytes if stream else self._settings.max_json_bytes,
+            facts=msgspec.json.encode(facts),
+            load_report=self._load_report(),
         )
 
     def _routed_headers(self, decision: Decision, body: bytes | None) -> tuple[tuple[str, str], ...]:
@@ -309,7 +362,7 @@ class Exchange:
             response_body=mode,
             load_report=self._load_report(),
         )
-        self._headers = _NO_HEADERS  # not needed for the rest of a long stream
+        self._headers, self._decision = _NO_HEADERS, None  # not needed for the rest of a long stream
         return (*moved, reply)
 
     def _served(self, address: str) -> Sequence[Serve]:
@@ -317,9 +370,9 @@ class Exchange:
         record = self.record
         record.served_address = address
         record.served_by = self._lookup(address)
-        if record.served_by is None or record.decision is None:
+        if record.served_by is None or self._decision is None:
             return ()
-        return () if record.served_by == record.decision.chosen.endpoint else (Serve(record.served_by),)
+        return () if record.served_by == self._decision.chosen.endpoint else (Serve(record.served_by),)
 
     def _start_reading(self, event: ResponseHeaders) -> BodyMode | None:
         """Sets up the reader if there is something to read; returns how the body is to come.
@@ -359,8 +412,8 @@ class Exchange:
     def _answer_headers(self) -> tuple[tuple[str, str], ...]:
         record = self.record
         headers = [("x-request-id", record.request_id), ("request-id", record.request_id)]
-        if record.decision is not None:
-            headers.append(("routing-strategy", record.decision.decided_by))
+        if record.routing is not None:
+            headers.append(("routing-strategy", record.routing.decided_by))
         if record.served_address is not None:
             name = record.served_address if record.served_by is None else record.served_by.name
             headers += [("target-pod", name), ("target-pod-ip", record.served_address)]
@@ -374,7 +427,7 @@ class Exchange:
 
     def _load_report(self) -> LoadReport | None:
         form = control.load_report_form(self._headers)
-        decision = self.record.decision
+        decision = self._decision
         return None if form is None or decision is None else LoadReport(form, decision.chosen)
 
     def response_body(self, event: ResponseBody) -> Sequence[Command]:
@@ -401,14 +454,32 @@ class Exchange:
         self._reader = None
         return reader.finish(at)
 
+    def handed_over(self, _: ResponseHeaders) -> Sequence[Command]:
+        """The answer of an exchange that `native.lua` reads: nothing to do here, if Envoy shows it all the same."""
+        return (PASS[Phase.RESPONSE_HEADERS],)
+
     # -- end -------------------------------------------------------------------------------------------------------
 
     def stream_closed(self, event: StreamClosed) -> Sequence[Command]:
         """However it ended. What was held back of a stream cut off is lost with it; what was seen of it is not."""
+        left_to_entry = self._left_to_entry(event)
         self.state = State.CLOSED
         self._reader = None
         self._headers = _NO_HEADERS
+        if left_to_entry:
+            return (Release(_clean(self.record.request_id)),)
         return (Finish(self.record.report(event)),)
+
+    def _left_to_entry(self, event: StreamClosed) -> bool:
+        """Whether the access-log entry brings the report: in the native lane, but for what only this server knows.
+
+        Also where it ended before it was handed over: whether Envoy still took the reply when its client left cannot be
+        told here, and a request must be reported once. Where the client left so soon that not even the headers came, its
+        entry alone knows whose it was.
+        """
+        if not self._native or self.record.refusal is not None:
+            return False
+        return event.failure is None or self.state is State.HANDED_OVER
 
 
 Handler = Callable[[Exchange, Any], Sequence[Command]]
@@ -436,6 +507,11 @@ TABLE: Mapping[State, Mapping[type[Any], Handler]] = {
         **_CLOSE,
     },
     State.HELD: _CLOSE,
+    State.HANDED_OVER: {
+        RequestTrailers: Exchange.request_trailers,
+        ResponseHeaders: Exchange.handed_over,
+        **_CLOSE,
+    },
     State.ANSWERED: _CLOSE,
     State.CLOSED: {},
 }
@@ -451,12 +527,16 @@ NEXT: Mapping[State, Mapping[type[Any], frozenset[State]]] = {
         ResponseHeaders: frozenset({State.HELD}),
     },
     State.AWAIT_DECISION: {
-        Scheduled: frozenset({State.AWAIT_RESPONSE_HEADERS}),
+        Scheduled: frozenset({State.AWAIT_RESPONSE_HEADERS, State.HANDED_OVER}),
         Refused: frozenset({State.ANSWERED}),
     },
     State.AWAIT_RESPONSE_HEADERS: {
         ResponseHeaders: frozenset({State.AWAIT_RESPONSE_BODY, State.HELD}),
         RequestTrailers: frozenset({State.AWAIT_RESPONSE_HEADERS}),
+    },
+    State.HANDED_OVER: {
+        ResponseHeaders: frozenset({State.HANDED_OVER}),
+        RequestTrailers: frozenset({State.HANDED_OVER}),
     },
     State.AWAIT_RESPONSE_BODY: {
         ResponseBody: frozenset({State.AWAIT_RESPONSE_BODY, State.HELD}),
@@ -464,6 +544,12 @@ NEXT: Mapping[State, Mapping[type[Any], frozenset[State]]] = {
     },
 }
 """Where each of these leads; `StreamClosed` leads to CLOSED from everywhere. Tests draw from it and hold it true."""
+
+
+def _clean(text: str) -> str:
+    """A client's words, cut short; what is no UTF-8 in them, replaced, since metadata cannot carry it."""
+    text = text[:MAX_TEXT]
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _status(headers: Headers) -> int | None:

@@ -7,10 +7,9 @@ import re
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.errors import ErrorType, GatewayError
 from envoy_extproc.exchange.events import StreamClosed
-from envoy_extproc.exchange.report import Outcome, Report, UsageSource
+from envoy_extproc.exchange.report import Outcome, Report, Routing, UsageSource
 from envoy_extproc.openai.answer import Seen, Usage
 from envoy_extproc.openai.request import InferenceRequest
-from envoy_extproc.scheduling.interfaces import Decision
 
 Verdict = tuple[Outcome, ErrorType | None, str | None]
 
@@ -23,6 +22,7 @@ class Record:
         refusal: the error this server answered with.
         local_reply: Envoy's word for why it answered itself; None where a pod did.
         answer_ended: whether the end of the answer came.
+        cut_by: who ended it before that; None where it ended as it should, or only the end of the stream tells.
         seen: what was read of the answer; None where nothing was to be read.
     """
 
@@ -30,7 +30,7 @@ class Record:
         "accounting",
         "answer_ended",
         "attempts",
-        "decision",
+        "cut_by",
         "inference",
         "local_reply",
         "model",
@@ -38,6 +38,7 @@ class Record:
         "path",
         "refusal",
         "request_id",
+        "routing",
         "seen",
         "served_address",
         "served_by",
@@ -56,7 +57,7 @@ class Record:
         self.operation: str | None = None
         self.model: str | None = None
         self.inference: InferenceRequest | None = None
-        self.decision: Decision | None = None
+        self.routing: Routing | None = None
         self.refusal: GatewayError | None = None
         self.status: int | None = None
         self.local_reply: str | None = None
@@ -66,6 +67,7 @@ class Record:
         self.streamed = False
         self.seen: Seen | None = None
         self.answer_ended = False
+        self.cut_by: ErrorType | None = None
         self.unread: str | None = None
         self.unexpected = 0
 
@@ -85,7 +87,7 @@ class Record:
             outcome=outcome,
             error_type=error_type,
             error=error,
-            decision=self.decision,
+            routing=self.routing,
             served_by=self.served_by,
             served_address=self.served_address,
             attempts=self.attempts,
@@ -107,7 +109,7 @@ class Record:
         if seen is not None and seen.usage is not None:
             return seen.usage, "reported"
         failed = self.refusal is not None or (self.status is not None and self.status >= 300)
-        if self.inference is None or self.decision is None or failed or not self.accounting:
+        if self.inference is None or self.routing is None or failed or not self.accounting:
             return Usage(), "none"
         guess = Usage(
             prompt_tokens=self.inference.prompt_tokens_estimate,
@@ -120,7 +122,7 @@ class Record:
             return "error", "internal", closed.failure
         if self.refusal is not None:
             return "refused", self.refusal.error_type, self.refusal.detail
-        if self.served_address is not None and self.decision is None:
+        if self.served_address is not None and self.routing is None:
             return "error", "internal", "served-undecided"  # a pod answered what nobody had sent there
         if self.status is None or not self.answer_ended:
             early = self._ended_early(closed)
@@ -138,6 +140,8 @@ class Record:
 
     def _ended_early(self, closed: StreamClosed) -> Verdict | None:
         """The verdict on an exchange that ended before its answer did; None if that cannot be told."""
+        if self.cut_by is not None:
+            return "aborted", self.cut_by, f"closed-before-{'answer' if self.status is None else 'end'}"
         if self.status is None:
             return (
                 ("drained", None, None) if closed.draining else ("aborted", "client", "closed-before-answer")

@@ -19,6 +19,52 @@ UsageSource = Literal["reported", "estimated", "none"]
 """reported: the engine told. estimated: guessed from what was seen. none: nothing was generated or accounting is off."""
 
 
+class Routing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is left of a `Decision` when its exchange is over, small enough to travel in dynamic metadata.
+
+    Attributes:
+        policy: the policy that was to decide.
+        decided_by: the policy that did.
+        fallback_reason: why it was another one; None where it was not.
+        pod: name of the endpoint chosen.
+        order: addresses to try, the chosen one's first.
+        candidates: how many were left after filtering.
+        in_flight: exchanges this server had on the chosen endpoint at that moment.
+        running: what its engine said then; None where that was missing or too old.
+        waiting: likewise.
+        kv_cache_usage: likewise, 0 to 1.
+    """
+
+    policy: str
+    decided_by: str
+    pod: str
+    order: tuple[str, ...]
+    fallback_reason: str | None = None
+    candidates: int = 0
+    in_flight: int = 0
+    running: float | None = None
+    waiting: float | None = None
+    kv_cache_usage: float | None = None
+
+
+def routing_of(decision: Decision) -> Routing:
+    """The part of `decision` that is told of its exchange."""
+    chosen = decision.chosen
+    stats = chosen.stats
+    return Routing(
+        policy=decision.policy,
+        decided_by=decision.decided_by,
+        fallback_reason=decision.fallback_reason,
+        pod=chosen.endpoint.name,
+        order=tuple([endpoint.address for endpoint in decision.order]),
+        candidates=len(decision.candidates),
+        in_flight=chosen.in_flight,
+        running=None if stats is None else stats.running,
+        waiting=None if stats is None else stats.waiting,
+        kv_cache_usage=None if stats is None else stats.kv_cache_usage,
+    )
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One exchange, however it ended. Durations are seconds.
 
@@ -31,7 +77,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         outcome: see `Outcome`.
         error_type: whose fault; None if nothing failed.
         error: what failed, in a word.
-        decision: where it was sent and why; None if it was refused before that.
+        routing: where it was sent and why; None if it was refused before that.
         served_by: who answered, also after a retry; None if nobody did.
         served_address: the address that answered, known to discovery or not.
         attempts: pods asked, retries included.
@@ -56,7 +102,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Outcome
     error_type: ErrorType | None
     error: str | None
-    decision: Decision | None
+    routing: Routing | None
     served_by: Endpoint | None
     served_address: str | None
     attempts: int

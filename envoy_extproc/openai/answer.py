@@ -359,6 +359,17 @@ def _note_body(seen: Seen, body: _Body, now: float) -> None:
         seen.error = engine_error({"message": body.message, "type": body.type, "code": body.code})
 
 
+def note_told(seen: Seen, text: bytes, now: float) -> None:
+    """Notes the usage or the error in `text`, an event that somebody else has read for its tokens already."""
+    try:
+        body = _body(text)
+    except lenient.Malformed:
+        seen.unreadable += 1
+        return
+    body.choices = None
+    _note_body(seen, body, now)
+
+
 def _count(tokens: int | None) -> int | None:
     """A number of tokens; None for one that cannot be: nobody has fewer than none, or more than 64 bits hold."""
     return tokens if tokens is not None and 0 <= tokens < _MOST_TOKENS else None

@@ -34,7 +34,7 @@ class Candidate(msgspec.Struct, frozen=True):
         endpoint: who it is.
         in_flight: exchanges this server has on it now.
         stats: what its engine said last; None where that is missing or too old to believe.
-        reachable: False while its metrics port refuses connections.
+        reachable: False while its metrics port refuses connections, or requests to it failed lately.
     """
 
     endpoint: Endpoint

@@ -1,29 +1,40 @@
-"""Envoy's gRPC access log, read for one thing: requests that reached a pod without having come by here.
+"""Envoy's gRPC access log: one entry for each request, however it ended.
 
-A breaker that is full or a server that is down lets them pass, if Envoy fails open; every client then sees 200, nothing
-is accounted, and nobody would know. Each such entry counts in ``envoy_extproc_bypassed_requests_total``, and the
-first of a run is said in the log.
+An entry that carries this server's facts is the report of an exchange in the native lane, whichever replica decided it. An
+entry of a request that reached a pod without having come by here is a bypass: a breaker that is full or a server that is
+down lets requests past, if Envoy fails open; every client then sees 200, nothing is accounted, and nobody would know.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 import structlog
 
-from envoy_extproc._proto import access_log_pb2
-from envoy_extproc.server.wire import METADATA
+from envoy_extproc._proto import access_log_pb2, base_pb2
+from envoy_extproc.endpoints import Endpoint
+from envoy_extproc.errors import ErrorType
+from envoy_extproc.exchange import native
+from envoy_extproc.exchange.report import Report
+from envoy_extproc.server.native_lane import NativeLane
+from envoy_extproc.server.wire import LUA_METADATA, METADATA, VIA_UPSTREAM, DecodeError
 
 log = structlog.get_logger()
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
-_QUIET_SECONDS = 60.0  # between two log lines about bypassing: a flood of requests is not a flood of lines
+_QUIET_SECONDS = 60.0  # between two log lines about the same: a flood of requests is not a flood of lines
+_TURN_SECONDS = 3.0
+"""How long one log stream is read. Envoy opens the next one with the next server, so each hears that the log is wired."""
+
+_UNFINISHED = (access_log_pb2.DownstreamStart, access_log_pb2.DownstreamPeriodic)
+"""Entries of requests under way, which `access_log_options` can ask Envoy for: the one at the end says it all."""
 
 Message = access_log_pb2.StreamAccessLogsMessage
 Response = access_log_pb2.StreamAccessLogsResponse
+LogEntry = access_log_pb2.HTTPAccessLogEntry
 Context = grpc.aio.ServicerContext[Message, Response]
 
 
@@ -31,14 +42,28 @@ class AccessLog:
     """The service.
 
     Args:
+        lane: told what is heard.
+        lookup: the endpoint of an address.
+        finished: told each report.
         bypassed: told how many requests had not come by here.
         clock: monotonic seconds.
     """
 
-    def __init__(self, bypassed: Callable[[int], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        lane: NativeLane,
+        lookup: Callable[[str], Endpoint | None],
+        finished: Callable[[Report], None],
+        bypassed: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lane = lane
+        self._lookup = lookup
+        self._finished = finished
         self._bypassed = bypassed
         self._clock = clock
-        self._said: float | None = None
+        self._said: dict[str, float] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._ending = False
 
@@ -52,12 +77,14 @@ class AccessLog:
         return grpc.method_handlers_generic_handler(SERVICE, {"StreamAccessLogs": method})
 
     async def stream_access_logs(self, messages: AsyncIterator[Message], _: Context) -> Response:
-        """Reads one Envoy worker's entries, for as long as it lives or until this server stops."""
+        """Reads one Envoy worker's entries for a while; Envoy goes on with another stream."""
         task = asyncio.current_task()
         assert task is not None
         self._readers.add(task)
         try:
             await self._read(messages)
+        except DecodeError as error:
+            self._say("entries_unreadable", reason=str(error), hint="what a message of the log held is lost")
         except asyncio.CancelledError:
             if not self._ending:
                 raise
@@ -73,20 +100,116 @@ class AccessLog:
             self._readers.pop().cancel()
 
     async def _read(self, messages: AsyncIterator[Message]) -> None:
+        until = self._clock() + _TURN_SECONDS
         async for message in messages:
-            count = sum(map(is_bypass, message.http_logs.log_entry))
-            if count:
-                self._bypassed(count)
-                self._say(count)
+            self._lane.heard()
+            self._take(message.http_logs.log_entry)
+            # Right behind a message, so that none is under way: Envoy flushes again only after its interval.
+            if self._clock() > until:
+                return
 
-    def _say(self, count: int) -> None:
+    def _take(self, entries: Sequence[LogEntry]) -> None:
+        bypassed = 0
+        for entry in entries:
+            if entry.common_properties.access_log_type in _UNFINISHED:
+                continue
+            facts = _facts(entry)
+            if facts or (self._lane.open and is_undecided(entry)):
+                self._report(entry, facts)
+            elif is_bypass(entry):
+                bypassed += 1
+        if bypassed:
+            self._bypassed(bypassed)
+            self._say("requests_bypassed", count=bypassed, hint="Envoy failed open: see docs/operations.md")
+
+    def _report(self, entry: LogEntry, facts: str) -> None:
+        try:
+            report = native.report(decode(entry, facts), self._lookup)
+        except native.Malformed as error:
+            self._say("entry_unreadable", reason=str(error), hint="written by another version of this server")
+            return
+        self._lane.report(report.request_id)
+        self._finished(report)
+
+    def _say(self, event: str, **fields: object) -> None:
         now = self._clock()
-        if self._said is None or now - self._said >= _QUIET_SECONDS:
-            self._said = now
-            log.warning("requests_bypassed", count=count, hint="Envoy failed open: see docs/operations.md")
+        said = self._said.get(event)
+        if said is None or now - said >= _QUIET_SECONDS:
+            self._said[event] = now
+            log.warning(event, **fields)
 
 
-def is_bypass(entry: access_log_pb2.HTTPAccessLogEntry) -> bool:
+def is_bypass(entry: LogEntry) -> bool:
     """Whether a request reached a pod without this server's metadata."""
     common = entry.common_properties
     return common.HasField("upstream_remote_address") and METADATA not in common.metadata.filter_metadata
+
+
+def is_undecided(entry: LogEntry) -> bool:
+    """Whether a request ended before it was routed: its client left, or Envoy refused it.
+
+    What this server refused it has reported itself, and so it has its own defects.
+    """
+    common = entry.common_properties
+    namespaces = common.metadata.filter_metadata
+    if LUA_METADATA not in namespaces or METADATA in namespaces or common.HasField("upstream_remote_address"):
+        return False
+    if namespaces[LUA_METADATA].fields["v"].number_value not in native.LUA_VERSIONS:
+        return False  # it went by the stream lane, which has reported it
+    return not entry.response.response_code_details.startswith(("envoy_extproc_", "ext_proc_error"))
+
+
+def decode(entry: LogEntry, facts: str) -> native.Entry:
+    """What the entry says of the exchange whose facts it carries."""
+    common, response = entry.common_properties, entry.response
+    status = response.response_code.value or None  # 0: it ended before there was one
+    details = response.response_code_details
+    cut_by = _cut_by(common.response_flags, status, details)
+    local = None if cut_by is not None or details in ("", VIA_UPSTREAM) else details
+    notes = common.metadata.filter_metadata[LUA_METADATA].fields if _has_notes(common) else {}
+    return native.Entry(
+        facts=facts,
+        request_id=entry.request.request_id.decode("utf-8", "replace"),
+        path=entry.request.path.decode("utf-8", "replace"),
+        started=common.start_time.seconds + common.start_time.nanos / 1e9,
+        duration=common.duration.seconds + common.duration.nanos / 1e9,
+        status=status,
+        local_reply=local,
+        cut_by=cut_by,
+        upstream=_address(common),
+        attempts=common.upstream_request_attempt_count,
+        body_bytes=response.response_body_bytes,
+        notes=notes["answer"].string_value if "answer" in notes else "",
+        usage=notes["usage"].string_value if "usage" in notes else "",
+        error=notes["error"].string_value if "error" in notes else "",
+    )
+
+
+def _facts(entry: LogEntry) -> str:
+    namespaces = entry.common_properties.metadata.filter_metadata
+    if METADATA not in namespaces:
+        return ""
+    fields = namespaces[METADATA].fields
+    return fields["facts"].string_value if "facts" in fields else ""
+
+
+def _has_notes(common: access_log_pb2.AccessLogCommon) -> bool:
+    return LUA_METADATA in common.metadata.filter_metadata
+
+
+def _cut_by(flags: access_log_pb2.ResponseFlags, status: int | None, details: str) -> ErrorType | None:
+    """Who ended it before its end; None where it ended by itself, or Envoy gave an answer of its own instead."""
+    if flags.downstream_connection_termination or flags.downstream_remote_reset:
+        return "client"
+    if status is None:
+        return "client" if details.startswith("downstream") else "network"
+    begun = status < 300 or details.startswith("upstream_reset_after_response_started")
+    return "network" if begun and details not in ("", VIA_UPSTREAM) else None
+
+
+def _address(common: access_log_pb2.AccessLogCommon) -> str | None:
+    if not common.HasField("upstream_remote_address"):
+        return None
+    socket: base_pb2.SocketAddress = common.upstream_remote_address.socket_address
+    host = f"[{socket.address}]" if ":" in socket.address else socket.address
+    return f"{host}:{socket.port_value}"

@@ -24,9 +24,12 @@ from envoy_extproc.server.access_log import AccessLog
 from envoy_extproc.server.admin import Admin
 from envoy_extproc.server.director import Director, RoutingRules
 from envoy_extproc.server.health import Health
-from envoy_extproc.server.servicer import ExternalProcessor
+from envoy_extproc.server.native_lane import NativeLane
+from envoy_extproc.server.servicer import ExternalProcessor, Parts
 from envoy_extproc.settings import Settings
 from envoy_extproc.state.memory import InFlight
+from envoy_extproc.state.refusals import Refusals
+from envoy_extproc.telemetry import Hooks
 from envoy_extproc.telemetry.log import RequestLog
 from envoy_extproc.telemetry.prometheus import PrometheusMetrics
 
@@ -59,8 +62,11 @@ class App:
         self._settings = settings
         self._on_snapshot = on_snapshot
         self._in_flight = InFlight()
+        self._lane = NativeLane(settings.responses.accounting)
         self._metrics = PrometheusMetrics(
-            self._in_flight_rows, known=lambda model: model in self._director.snapshot.by_model
+            self._in_flight_rows,
+            known=lambda model: model in self._director.snapshot.by_model,
+            native=lambda: (self._lane.ended, self._lane.reported),
         )
         self._discovery = _discovery(settings)
         self._scraper = Scraper(
@@ -68,21 +74,33 @@ class App:
             _scrape_settings(settings),
             on_failure=lambda endpoint, _: self._metrics.scrape_failed(endpoint.name),
         )
+        refusals = Refusals()
         self._director = Director(
             profiles=registry.build(),
             rules=_rules(settings),
             in_flight=self._in_flight.count,
             states=self._scraper.states,
             rng=random.Random(),  # noqa: S311  breaks ties
+            avoided=refusals.avoided,
         )
+        hook = Hooks(self._metrics, RequestLog(), refusals)
         self._processor = ExternalProcessor(
-            settings=_exchange_settings(settings),
-            director=self._director,
-            in_flight=self._in_flight,
-            hooks=(self._metrics, RequestLog()),
+            Parts(
+                settings=_exchange_settings(settings),
+                director=self._director,
+                in_flight=self._in_flight,
+                hook=hook,
+                lane=self._lane,
+                hold=settings.responses.hold_streams,
+            ),
             message_unknown=self._metrics.message_unknown,
         )
-        self._access_log = AccessLog(self._metrics.bypassed)
+        self._access_log = AccessLog(
+            lane=self._lane,
+            lookup=self._director.lookup,
+            finished=hook.finished,
+            bypassed=self._metrics.bypassed,
+        )
         self._health = Health()
         self._admin = Admin(
             registry=self._metrics.registry,
@@ -129,7 +147,15 @@ class App:
                     await asyncio.sleep(_DRAIN_STEP_SECONDS)
         except TimeoutError:
             log.warning("drain_timeout", streams=self._processor.live)
+        await self._hear_the_last()
         await self._stop(server)
+
+    async def _hear_the_last(self) -> None:
+        """Waits for the entries of the last exchanges, which come behind their streams: no log is taken any more then."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + _LOG_FLUSH_SECONDS
+        while self._lane.missing > 0 and clock() < until:  # noqa: ASYNC110  a count, not an event
+            await asyncio.sleep(_DRAIN_STEP_SECONDS)
 
     async def _stop(self, server: grpc.aio.Server) -> None:
         """Takes no more streams; gives back those that are left, and ends Envoy's access logs behind the last."""

@@ -44,6 +44,7 @@ class Director:
         in_flight: exchanges on an address now.
         states: what the scraper knows, by address.
         rng: breaks ties.
+        avoided: whether the pod at an address failed so lately that another one should be asked.
         remember: how many of the last decisions are kept for people to look at.
     """
 
@@ -55,6 +56,7 @@ class Director:
         in_flight: Callable[[str], int],
         states: Mapping[str, EngineState],
         rng: random.Random,
+        avoided: Callable[[str, float], bool] = lambda _address, _now: False,
         remember: int = 100,
     ) -> None:
         self.snapshot = Snapshot()
@@ -64,6 +66,7 @@ class Director:
         self._in_flight = in_flight
         self._states = states
         self._rng = rng
+        self._avoided = avoided
 
     def update(self, snapshot: Snapshot) -> None:
         """Decides among the endpoints of `snapshot` from now on; policies forget models that nobody serves any more."""
@@ -91,12 +94,18 @@ class Director:
     def candidates(self, endpoints: Sequence[Endpoint], now: float) -> list[Candidate]:
         """The endpoints as they are at `now`."""
         states, in_flight, oldest = self._states, self._in_flight, now - self._rules.max_stats_age
+        avoided = self._avoided
         joined = []
         for endpoint in endpoints:
             address = endpoint.address
             state = states.get(address, _UNKNOWN)
             joined.append(
-                Candidate(endpoint, in_flight(address), _fresh(state.stats, oldest), state.reachable)
+                Candidate(
+                    endpoint,
+                    in_flight(address),
+                    _fresh(state.stats, oldest),
+                    state.reachable and not avoided(address, now),
+                )
             )
         return joined
 

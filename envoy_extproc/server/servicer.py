@@ -10,23 +10,27 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Callable
 
 import grpc
+import msgspec
 import structlog
 
 from envoy_extproc.errors import GatewayError
-from envoy_extproc.exchange.commands import Command, Continue, Finish, Respond, Schedule, Serve
+from envoy_extproc.exchange.commands import Command, Continue, Finish, Release, Respond, Schedule, Serve
 from envoy_extproc.exchange.events import Event, Refused, Scheduled, StreamClosed
 from envoy_extproc.exchange.exchange import Exchange, ExchangeSettings, State
 from envoy_extproc.server import wire
 from envoy_extproc.server.director import Director
+from envoy_extproc.server.native_lane import NativeLane
 from envoy_extproc.state.memory import InFlight, Lease
 from envoy_extproc.telemetry import UNKNOWN_MODEL, Hook
 
 log = structlog.get_logger()
 
-_ROUTED = (State.AWAIT_RESPONSE_HEADERS, State.AWAIT_RESPONSE_BODY, State.HELD)
+_ROUTED = (State.AWAIT_RESPONSE_HEADERS, State.AWAIT_RESPONSE_BODY, State.HELD, State.HANDED_OVER)
+_ANSWERED = (State.ANSWERED,)
+_ANSWERED_OR_HANDED_OVER = (State.ANSWERED, State.HANDED_OVER)
 
 Context = grpc.aio.ServicerContext[wire.ProcessingRequest, wire.ProcessingResponse]
 
@@ -34,6 +38,26 @@ Context = grpc.aio.ServicerContext[wire.ProcessingRequest, wire.ProcessingRespon
 def new_request_id() -> str:
     """An id for a request that came without one: a random UUID, as Envoy's own."""
     return str(uuid.uuid4())
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """What every exchange of a server is performed with.
+
+    Attributes:
+        settings: for every exchange.
+        director: decides.
+        in_flight: counts.
+        hook: is told.
+        lane: the native lane.
+        hold: whether a stream is held to the end of an exchange that was handed over.
+    """
+
+    settings: ExchangeSettings
+    director: Director
+    in_flight: InFlight
+    hook: Hook
+    lane: NativeLane
+    hold: bool = True
 
 
 class Call:
@@ -46,17 +70,13 @@ class Call:
             stream open for ever.
     """
 
-    __slots__ = ("_director", "_hooks", "_in_flight", "_lease", "exchange", "returning", "writing")
+    __slots__ = ("_lease", "_parts", "exchange", "returning", "writing")
 
-    def __init__(
-        self, exchange: Exchange, director: Director, in_flight: InFlight, hooks: Sequence[Hook]
-    ) -> None:
+    def __init__(self, exchange: Exchange, parts: Parts) -> None:
         self.exchange = exchange
         self.returning = False
         self.writing = False
-        self._director = director
-        self._in_flight = in_flight
-        self._hooks = hooks
+        self._parts = parts
         self._lease: Lease | None = None
 
     def receive(self, event: Event) -> Continue | Respond | None:
@@ -79,62 +99,57 @@ class Call:
                     self._lease.move(command.endpoint)
             case Finish():
                 self._finish(command)
+            case Release():
+                self._release(command, at)
         return None
 
     def _schedule(self, command: Schedule, at: float) -> Scheduled | Refused:
+        parts = self._parts
         began = time.perf_counter()
         try:
-            decision = self._director.schedule(command.request, at)
+            decision = parts.director.schedule(command.request, at)
         except GatewayError as error:
             return Refused(at, error)
         seconds = time.perf_counter() - began
-        self._lease = self._in_flight.acquire(
+        self._lease = parts.in_flight.acquire(
             decision.chosen.endpoint, command.request.model or UNKNOWN_MODEL
         )
-        self._tell(lambda hook: hook.decided(decision, seconds))
+        parts.hook.decided(decision, seconds)
         return Scheduled(at, decision)
 
     def _finish(self, command: Finish) -> None:
         if self._lease is not None:
             self._lease.release()
-        self._tell(lambda hook: hook.finished(command.report))
+        self._parts.hook.finished(command.report)
 
-    def _tell(self, say: Callable[[Hook], None]) -> None:
-        for hook in self._hooks:
-            try:
-                say(hook)
-            except Exception:
-                # The outermost edge of a hook: an exporter that fails must not end the exchange, nor keep the
-                # others from hearing.
-                log.exception("hook_failed", hook=type(hook).__name__)
+    def _release(self, command: Release, at: float) -> None:
+        parts, lease = self._parts, self._lease
+        parts.lane.end(at)
+        if lease is None:
+            return
+        if parts.hold:
+            lease.release()
+        else:
+            parts.lane.keep(command.request_id, lease, at)
 
 
 class ExternalProcessor:
     """The service.
 
     Args:
-        settings: for every exchange.
-        director: decides.
-        in_flight: counts.
-        hooks: are told.
+        parts: what exchanges are performed with.
         message_unknown: called for a message of a kind not known here.
         clock: monotonic seconds.
     """
 
     def __init__(
         self,
+        parts: Parts,
         *,
-        settings: ExchangeSettings,
-        director: Director,
-        in_flight: InFlight,
-        hooks: Sequence[Hook],
         message_unknown: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = settings
-        self._director = director
-        self._in_flight = in_flight
-        self._hooks = tuple(hooks)
+        self._parts = parts
         self._message_unknown = message_unknown
         self._clock = clock
         self._live: dict[asyncio.Task[None], Call] = {}
@@ -157,8 +172,9 @@ class ExternalProcessor:
         """Serves one stream."""
         task = asyncio.current_task()
         assert task is not None
-        exchange = Exchange(self._settings, self._director.lookup, new_request_id)
-        call = Call(exchange, self._director, self._in_flight, self._hooks)
+        parts = self._parts
+        exchange = Exchange(parts.settings, parts.director.lookup, new_request_id, native=parts.lane.open)
+        call = Call(exchange, parts)
         self._live[task] = call
         failure: str | None = None
         try:
@@ -183,7 +199,8 @@ class ExternalProcessor:
 
     async def _converse(self, call: Call, context: Context) -> None:
         clock, exchange = self._clock, call.exchange
-        while exchange.state is not State.ANSWERED:
+        over = _ANSWERED if self._parts.hold else _ANSWERED_OR_HANDED_OVER
+        while exchange.state not in over:
             message: object = await context.read()
             if not isinstance(message, wire.ProcessingRequest):  # grpc.aio.EOF
                 return

@@ -5,13 +5,23 @@ Fields are set by attribute and `.add()`: nested constructor arguments cost thre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import assert_never
 
+from google.protobuf import struct_pb2
 from google.protobuf.message import DecodeError
 
 from envoy_extproc._proto import base_pb2, ext_proc_pb2, orca_pb2
-from envoy_extproc.exchange.commands import PASS, BodyMode, Continue, LoadReport, Phase, Respond
+from envoy_extproc.exchange.commands import (
+    PASS,
+    SHOW_RESPONSE,
+    BodyMode,
+    Continue,
+    Handover,
+    LoadReport,
+    Phase,
+    Respond,
+)
 from envoy_extproc.exchange.control import DESTINATION
 from envoy_extproc.exchange.events import (
     Message,
@@ -22,6 +32,7 @@ from envoy_extproc.exchange.events import (
     ResponseHeaders,
     ResponseTrailers,
 )
+from envoy_extproc.exchange.native import LUA_VERSIONS
 from envoy_extproc.headers import Headers
 from envoy_extproc.server import orca
 
@@ -31,11 +42,14 @@ PROCESS = "envoy.service.ext_proc.v3.ExternalProcessor"
 METADATA = "envoy_extproc"
 """Namespace of dynamic metadata by which an access-log entry shows that a request came by here."""
 
+LUA_METADATA = "envoy_extproc_lua"
+"""Namespace in which `native.lua` announces its version, and notes what it saw of an answer."""
+
 ProcessingRequest = ext_proc_pb2.ProcessingRequest
 ProcessingResponse = ext_proc_pb2.ProcessingResponse
 
 _FILTER = "envoy.filters.http.ext_proc"
-_VIA_UPSTREAM = "via_upstream"  # response.code_details of an answer that a pod gave
+VIA_UPSTREAM = "via_upstream"  # response.code_details of an answer that a pod gave
 _SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 _SUBSET_KEY = "x-gateway-destination-endpoint-subset"
 _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
@@ -58,6 +72,8 @@ def encode(reply: Continue | Respond) -> ext_proc_pb2.ProcessingResponse:
     """The message of a reply."""
     if isinstance(reply, Respond):
         return _immediate(reply)
+    if reply is SHOW_RESPONSE:
+        return _SHOW_RESPONSE
     return _READY[reply.phase] if reply is PASS[reply.phase] else _continue(reply)
 
 
@@ -73,7 +89,9 @@ def _headers(headers: ext_proc_pb2.HttpHeaders) -> Headers:
 
 def _request_headers(message: ext_proc_pb2.ProcessingRequest, at: float) -> RequestHeaders:
     headers = message.request_headers
-    return RequestHeaders(at, _headers(headers), headers.end_of_stream, _subset(message))
+    return RequestHeaders(
+        at, _headers(headers), headers.end_of_stream, _subset(message), _lua_version(message)
+    )
 
 
 def _request_body(message: ext_proc_pb2.ProcessingRequest, at: float) -> RequestBody:
@@ -93,11 +111,19 @@ def _response_headers(message: ext_proc_pb2.ProcessingRequest, at: float) -> Res
     details = (
         attributes["response.code_details"].string_value if "response.code_details" in attributes else ""
     )
-    local = details if details != _VIA_UPSTREAM and (details or not attempts) else None
+    local = details if details != VIA_UPSTREAM and (details or not attempts) else None
     headers = message.response_headers
     # After connections that failed, Envoy still names the last address it tried: nobody answered from there.
     served_by = None if local is not None else address or None
     return ResponseHeaders(at, _headers(headers), headers.end_of_stream, served_by, attempts, local)
+
+
+def _lua_version(message: ext_proc_pb2.ProcessingRequest) -> int:
+    """What `native.lua` announced; 0 where it is not there."""
+    namespaces = message.metadata_context.filter_metadata
+    if LUA_METADATA not in namespaces:
+        return 0
+    return int(namespaces[LUA_METADATA].fields["v"].number_value)
 
 
 def _subset(message: ext_proc_pb2.ProcessingRequest) -> tuple[str, ...] | None:
@@ -140,10 +166,28 @@ def _continue(reply: Continue) -> ext_proc_pb2.ProcessingResponse:
         namespaces = message.dynamic_metadata.fields
         destination = namespaces["envoy.lb"].struct_value.fields[DESTINATION]
         destination.string_value = ",".join(reply.destination)
-        namespaces[METADATA].struct_value.fields["v"].number_value = 1
-    if reply.request_body is not None or reply.response_body is not None:
+        ours = namespaces[METADATA].struct_value.fields
+        ours["v"].number_value = 1
+        if reply.handover is not None:
+            _hand_over(ours, reply.handover)
+    if (reply.request_body, reply.response_headers, reply.response_body) != (None, None, None):
         _set_mode(message.mode_override, reply)
     return message
+
+
+def _hand_over(fields: MutableMapping[str, struct_pb2.Value], handover: Handover) -> None:
+    """What `native.lua` reads, and what the access log is to bring back."""
+    fields["native"].number_value = max(LUA_VERSIONS)
+    fields["id"].string_value = header_value(handover.request_id).decode("utf-8", "replace")
+    fields["policy"].string_value = handover.policy
+    fields["pods"].string_value = "\n".join([f"{address} {name}" for address, name in handover.pods])
+    fields["facts"].string_value = handover.facts.decode()
+    if handover.read:
+        fields["read"].bool_value = True
+        fields["hide"].bool_value = handover.hide
+        fields["limit"].number_value = handover.max_event_bytes
+    if handover.load_report is not None:
+        fields["load"].string_value = report_value(handover.load_report)
 
 
 def _fill(common: ext_proc_pb2.CommonResponse, reply: Continue) -> None:
@@ -152,7 +196,7 @@ def _fill(common: ext_proc_pb2.CommonResponse, reply: Continue) -> None:
         _set_headers(mutation, reply.set_headers)
         mutation.remove_headers.extend(reply.remove_headers)
         if reply.load_report is not None:
-            _add_report(mutation, reply.load_report)
+            _set_headers(mutation, (("endpoint-load-metrics", report_value(reply.load_report)),))
     if reply.body:
         common.body_mutation.body = reply.body
     elif reply.body is not None:
@@ -168,7 +212,7 @@ def _set_mode(mode: ext_proc_pb2.ProcessingMode, reply: Continue) -> None:
         # To ask about trailers, Envoy 1.40 stops behind a body that it has passed on already, and then passes on what
         # it keeps of it for retries a second time (envoyproxy/envoy#45470). Left unset, trailers are as configured.
         mode.request_trailer_mode = _MODE.SKIP
-    mode.response_header_mode = _MODE.SEND
+    mode.response_header_mode = _MODE.SKIP if reply.response_headers is False else _MODE.SEND
     mode.response_body_mode = _BODY_MODES[reply.response_body or BodyMode.NONE]
     # Trailers end a body that is read, in place of a last empty message.
     read = reply.response_body in (BodyMode.STREAMED, BodyMode.BUFFERED)
@@ -200,13 +244,12 @@ def header_value(value: str) -> bytes:
     return value.encode("utf-8", "surrogateescape")
 
 
-def _add_report(mutation: ext_proc_pb2.HeaderMutation, report: LoadReport) -> None:
+def report_value(report: LoadReport) -> str:
+    """The value of ``endpoint-load-metrics``."""
     fields = orca.fields(report.candidate)
     if report.form == "BIN":
-        value = orca.binary(_orca_message(fields))
-    else:
-        value = orca.text(fields) if report.form == "TEXT" else orca.json(fields)
-    _set_headers(mutation, (("endpoint-load-metrics", value),))
+        return orca.binary(_orca_message(fields))
+    return orca.text(fields) if report.form == "TEXT" else orca.json(fields)
 
 
 def _orca_message(fields: Mapping[str, float]) -> bytes:
@@ -233,8 +276,10 @@ _DECODERS: Mapping[str | None, Callable[[ext_proc_pb2.ProcessingRequest, float],
 _READY: Mapping[Phase, ext_proc_pb2.ProcessingResponse] = {
     phase: _continue(reply) for phase, reply in PASS.items()
 }
+_SHOW_RESPONSE = _continue(SHOW_RESPONSE)
 
 __all__ = [
+    "LUA_METADATA",
     "METADATA",
     "PROCESS",
     "DecodeError",

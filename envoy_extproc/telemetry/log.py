@@ -11,8 +11,8 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-from envoy_extproc.exchange.report import Report
-from envoy_extproc.scheduling.interfaces import Candidate, Decision
+from envoy_extproc.exchange.report import Report, Routing
+from envoy_extproc.scheduling.interfaces import Decision
 
 log = structlog.get_logger()
 
@@ -52,8 +52,8 @@ def fields(report: Report) -> dict[str, Any]:
         "ttft": _rounded(report.time_to_first_token),
         "tpot": _rounded(report.time_per_output_token),
     }
-    if report.decision is not None:
-        line |= _decision(report.decision)
+    if report.routing is not None:
+        line |= _routing(report.routing)
     odd = {
         "unread": report.unread,
         "oversized_events": report.oversized_events,
@@ -63,26 +63,18 @@ def fields(report: Report) -> dict[str, Any]:
     return line | {name: value for name, value in odd.items() if value}
 
 
-def _decision(decision: Decision) -> dict[str, Any]:
+def _routing(routing: Routing) -> dict[str, Any]:
+    state: dict[str, Any] = {"in_flight": routing.in_flight}
+    engine = ("running", "waiting", "kv_cache_usage")
+    state |= {name: value for name in engine if (value := getattr(routing, name)) is not None}
     return {
-        "policy": decision.decided_by,
-        "policy_asked": decision.policy,
-        "policy_fallback": decision.fallback_reason,
-        "chosen": decision.chosen.endpoint.name,
-        "candidates": len(decision.candidates),
-        "endpoint": _state(decision.chosen),
+        "policy": routing.decided_by,
+        "policy_asked": routing.policy,
+        "policy_fallback": routing.fallback_reason,
+        "chosen": routing.pod,
+        "candidates": routing.candidates,
+        "endpoint": state,
     }
-
-
-def _state(candidate: Candidate) -> dict[str, Any]:
-    state: dict[str, Any] = {"in_flight": candidate.in_flight}
-    if candidate.stats is not None:
-        state |= {
-            "running": candidate.stats.running,
-            "waiting": candidate.stats.waiting,
-            "kv_cache_usage": candidate.stats.kv_cache_usage,
-        }
-    return state
 
 
 def _text(value: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -32,6 +32,9 @@ _BY_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
 InFlightRows = Callable[[], Iterable[tuple[str, str, int]]]
 """(model, endpoint's name, exchanges) of all that have any."""
 
+NativeCounts = Callable[[], tuple[int, int]]
+"""Exchanges of the native lane: ended, reported."""
+
 
 class _InFlightCollector(Collector):
     """Reads the counts when it is asked, so there is no second copy of them to go wrong."""
@@ -51,23 +54,55 @@ class _InFlightCollector(Collector):
         yield gauge
 
 
+class _NativeCollector(Collector):
+    """The native lane's books: what ended, and what was reported."""
+
+    def __init__(self, counts: NativeCounts) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """A counter by stage, and the difference that should be nothing."""
+        ended, reported = self._counts()
+        stages = CounterMetricFamily(
+            "envoy_extproc_native_exchanges",
+            "Exchanges left to Envoy's access log: ended here, reported by the log to this server.",
+            labels=["stage"],
+        )
+        for stage, count in (("ended", ended), ("reported", reported)):
+            stages.add_metric([stage], count)
+        yield stages
+        yield GaugeMetricFamily(
+            "envoy_extproc_native_unreported_exchanges",
+            "Ended here, less those reported here. Over all servers of an Envoy the sum is the reports that are missing.",
+            value=ended - reported,
+        )
+
+
 class PrometheusMetrics:
     """The metrics of one server.
 
     Args:
         in_flight: what the in-flight gauge shows.
         known: whether discovery knows a model of that name now; others share one label.
+        native: the native lane's counts.
 
     Attributes:
         registry: all of them, for the exposition.
     """
 
-    def __init__(self, in_flight: InFlightRows, *, known: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        in_flight: InFlightRows,
+        *,
+        known: Callable[[str], bool],
+        native: NativeCounts = lambda: (0, 0),
+    ) -> None:
         self._known = known
         self.registry = registry = CollectorRegistry(auto_describe=True)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
         registry.register(_InFlightCollector(in_flight))
+        registry.register(_NativeCollector(native))
         self._measures()
         self._requests = self._counter("requests", "Exchanges, by how they ended.", "model", "outcome")
         self._errors = self._counter(

@@ -1,12 +1,14 @@
 """The load: connections that each send a request when the last answer is whole. A process of its own.
 
 One `Load` a line on standard input, one `Result` a line on standard output. Every answer is checked: status 200, the
-announced length or the end of the chunks, exactly the events the engine wrote for the client, and ``[DONE]``.
+announced length or the end of the chunks, exactly the events the engine wrote for the client, and ``[DONE]``. No event
+may say anything of usage, since no client here asks for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 import time
 from typing import Literal, cast
@@ -20,19 +22,24 @@ _WORDS = "The quick brown fox jumps over the lazy dog, and the gateway carries e
 _ESCAPED = r"He said: \"caf\u00e9\"\n\tand wrote C:\\path, \"quoted\" once more.\n"
 _PATIENCE = 60.0  # seconds for one answer
 
-Kind = Literal["closed-loop", "alternate", "hold", "release"]
+_USAGE = b'"usage"'
+
+Kind = Literal["closed-loop", "open-loop", "alternate", "hold", "release"]
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """What to do.
 
     Attributes:
-        kind: `closed-loop` sends for so many seconds; `alternate` sends one after the other, to each port in turn;
-            `hold` opens streams that stay silent; `release` closes them.
+        kind: `closed-loop` sends for so many seconds; `open-loop` sends at `rate` whatever the answers take; `alternate`
+            sends one after the other, to each port in turn; `hold` opens streams that stay silent; `release` closes them.
         ports: Envoys on loopback.
-        connections: at once.
+        model: decides how the engine writes its events.
+        connections: at once; of `open-loop`, at the start.
         seconds: no request is sent later than that.
         requests: of `alternate`, to each port.
+        rate: of `open-loop`: requests a second on average, at random times (Poisson).
+        seed: of those times, so that two Envoys can be met by the same.
         prompt: bytes of the prompt.
         escaped: whether the prompt is full of JSON escapes.
         tokens: of an answer; None asks for a JSON answer.
@@ -40,9 +47,12 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Kind
     ports: tuple[int, ...] = ()
+    model: str = MODEL
     connections: int = 1
     seconds: float = 0.0
     requests: int = 0
+    rate: float = 0.0
+    seed: int = 0
     prompt: int = 2048
     escaped: bool = False
     tokens: int | None = None
@@ -57,7 +67,7 @@ class Result(msgspec.Struct, kw_only=True):
         events: of streams, ``[DONE]`` and the first one, which carries the role, among them.
         received: bytes.
         seconds: from the first request to the end of the last answer.
-        latencies: of `alternate`: seconds of each request, by port.
+        latencies: of `alternate` and `open-loop`: seconds of each request, by port.
         failed: what the first failure was.
     """
 
@@ -78,7 +88,7 @@ def body(load: Load) -> bytes:
         ',"stream":true' if load.tokens is not None else ""
     )
     message = f'{{"role":"user","content":"{text}"}}'
-    return f'{{"model":"{MODEL}","messages":[{message}]{more}}}'.encode()
+    return f'{{"model":"{load.model}","messages":[{message}]{more}}}'.encode()
 
 
 class BadAnswerError(Exception):
@@ -100,10 +110,11 @@ class Connection(asyncio.Protocol):
         self._expected = None if load.tokens is None else load.tokens + 2
         self._result = result
         self._transport: asyncio.WriteTransport
-        self._answered: asyncio.Future[None]
+        self._answered: asyncio.Future[None] | None = None  # before the first request there is none
         self._in_body = False
         self._missing = 0
         self._events = 0
+        self._usages = 0
         self._tail = b""
         self._head = b""
 
@@ -111,17 +122,17 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's are none of asyncio's classes
 
     async def ask(self) -> None:
-        self._answered = asyncio.get_running_loop().create_future()
-        self._in_body, self._events, self._tail, self._head = False, 0, b"", b""
+        self._answered = answered = asyncio.get_running_loop().create_future()
+        self._in_body, self._events, self._usages, self._tail, self._head = False, 0, 0, b"", b""
         self._transport.write(self._request)
         async with asyncio.timeout(_PATIENCE):
-            await self._answered
+            await answered
 
     def close(self) -> None:
         self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._answered.done():
+        if self._answered is not None and not self._answered.done():
             self._answered.set_exception(ConnectionError("closed before the answer was whole"))
 
     def data_received(self, data: bytes) -> None:
@@ -152,16 +163,19 @@ class Connection(asyncio.Protocol):
     def _take(self, data: bytes) -> None:
         tail = self._tail
         self._events += (tail[-5:] + data).count(b"data: ")
+        self._usages += (tail[1 - len(_USAGE) :] + data).count(_USAGE)
         tail = (tail + data)[-32:]
         self._tail = tail
         if self._held and self._events:
             self._end(None)
         elif tail.endswith(b"\r\n0\r\n\r\n"):
-            whole = tail.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") and self._events == self._expected
-            self._end(None if whole else f"{self._events} events of {self._expected}, end {tail!r}")
+            done = tail.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            whole = done and self._events == self._expected and not self._usages
+            told = f"{self._events} events of {self._expected}, {self._usages} usages of 0, end {tail!r}"
+            self._end(None if whole else told)
 
     def _end(self, failure: str | None) -> None:
-        if self._answered.done():
+        if self._answered is None or self._answered.done():
             return
         self._result.events += self._events
         if failure is None:
@@ -214,6 +228,36 @@ async def alternate(load: Load) -> Result:
     return result
 
 
+async def open_loop(load: Load) -> Result:
+    """At its own pace: where no connection is free another one is opened, so no request waits for an earlier answer."""
+    loop, rng = asyncio.get_running_loop(), random.Random(load.seed)
+    latencies: list[float] = []
+    result = Result(latencies=[latencies])
+    free = [await connect(load, load.ports[0], result) for _ in range(load.connections)]
+
+    async def one() -> None:
+        connection = free.pop() if free else await connect(load, load.ports[0], result)
+        sent = time.perf_counter()  # not the time it was due: timers of the loop are a millisecond coarse
+        try:
+            await connection.ask()
+        except (BadAnswerError, OSError) as error:
+            result.failures += 1
+            result.failed = result.failed or repr(error)
+        else:
+            latencies.append(time.perf_counter() - sent)
+            free.append(connection)
+
+    due = began = loop.time()
+    async with asyncio.TaskGroup() as tasks:
+        while (due := due + rng.expovariate(load.rate)) < began + load.seconds:
+            await asyncio.sleep(due - loop.time())
+            tasks.create_task(one())
+    result.seconds = loop.time() - began
+    for connection in free:
+        connection.close()
+    return result
+
+
 class Client:
     """Does one load after the other."""
 
@@ -223,6 +267,8 @@ class Client:
     async def perform(self, load: Load) -> Result:
         if load.kind == "closed-loop":
             return await closed_loop(load)
+        if load.kind == "open-loop":
+            return await open_loop(load)
         if load.kind == "alternate":
             return await alternate(load)
         if load.kind == "hold":

@@ -4,7 +4,8 @@ A stream gets one event at each tick of its pod, in vLLM 0.32's shape and each w
 one event at a time as it does behind a real engine. Every stream of a pod is written at the same tick, as a batch is;
 the pods tick one after the other.
 
-    POST /v1/chat/completions   `max_tokens` events; with 0, one event and then silence
+    POST /v1/chat/completions   `max_tokens` events; with 0, one event and then silence. The model `tiny-null` writes
+                                `"usage":null` into each event once usage is asked for, as many engines do
     GET /metrics                a page of the metrics the server reads
     POST /bench/page            from here on `/metrics` is the page in the body; with an empty one, the small page again
 """
@@ -22,9 +23,11 @@ import uvloop
 
 PODS = 8
 MODEL = "tiny"
+NULL_MODEL = "tiny-null"
 TICK = 0.004  # seconds from one token of a stream to the next
 
 _MAX_TOKENS = re.compile(rb'"max_tokens":(\d+)')
+_NULL_NAMED = f'"model":"{NULL_MODEL}"'.encode()
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _WORDS = ("ify", " Option", "     ", "", "\u00e9cate", "us", "ields", " '.", " and", "\\n")
 
@@ -77,16 +80,28 @@ def _whole(kind: bytes, body: bytes, status: bytes = b"200 OK") -> bytes:
     return head % (status, kind, len(body)) + body
 
 
-_TOKENS = tuple(_chunk(token(word)) for word in _WORDS)
-_ROLE = (
+_NULL = ',"usage":null'
+_HEAD = (
     b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
-    + _chunk(
-        event(
-            '{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}',
-            ',"prompt_token_ids":null,"prompt_text":null',
-        )
-    )
+)
+
+
+def _start(more: str) -> bytes:
+    """The answer's headers and its first event, which carries the role."""
+    role = '{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+    return _HEAD + _chunk(event(role, f'{more},"prompt_token_ids":null,"prompt_text":null'))
+
+
+class _Shape(msgspec.Struct, frozen=True):
+    """How the events of a stream are written: its start, then its tokens."""
+
+    start: bytes
+    tokens: tuple[bytes, ...]
+
+
+_PLAIN_SHAPE, _NULL_SHAPE = (
+    _Shape(_start(more), tuple(_chunk(token(word, more)) for word in _WORDS)) for more in ("", _NULL)
 )
 _USAGE = _chunk(
     event(
@@ -119,12 +134,13 @@ class Stream:
 
     __slots__ = ("_left", "_tail", "_transport", "_words")
 
-    def __init__(self, transport: asyncio.WriteTransport, tokens: int, *, usage: bool) -> None:
+    def __init__(self, transport: asyncio.WriteTransport, tokens: int, *, usage: bool, nulls: bool) -> None:
+        shape = _NULL_SHAPE if usage and nulls else _PLAIN_SHAPE
         self._transport = transport
         self._left = tokens
         self._tail = _USAGE + _END if usage else _END
-        self._words = itertools.cycle(_TOKENS)
-        transport.write(_ROLE)
+        self._words = itertools.cycle(shape.tokens)
+        transport.write(shape.start)
 
     def tick(self) -> bool:
         """Writes the next event; False after the last."""
@@ -213,7 +229,12 @@ class Connection(asyncio.Protocol):
             return
         said = _MAX_TOKENS.search(body)
         tokens = int(said[1]) if said else 0
-        stream = Stream(self._transport, tokens, usage=b'"include_usage":true' in body)
+        stream = Stream(
+            self._transport,
+            tokens,
+            usage=b'"include_usage":true' in body,
+            nulls=_NULL_NAMED in body[:64],  # the model is the body's first member
+        )
         if tokens:
             self._pod.add(stream)
 

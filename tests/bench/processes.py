@@ -1,4 +1,4 @@
-"""The processes of a bench: what they used of the machine, the pods, the load, and an Envoy without ext_proc."""
+"""The processes of a bench: what they used of the machine, the pods, the load, and an Envoy that is only a proxy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ async def client() -> AsyncIterator[Callable[[Load], Any]]:
 
 @contextlib.asynccontextmanager
 async def plain_envoy(directory: Path, printed: str) -> AsyncIterator[tuple[Process, int]]:
-    """Envoy with the bootstrap `printed` for ext_proc, ext_proc apart; yields it and the port clients connect to."""
+    """Envoy with the bootstrap `printed`, less what is there for us; yields it and the port clients connect to."""
     port, admin = free_port(), free_port()
     path = directory / "plain.yaml"
     bootstrap = without_ext_proc(yaml.safe_load(printed), port, admin)
@@ -92,14 +92,18 @@ async def plain_envoy(directory: Path, printed: str) -> AsyncIterator[tuple[Proc
 
 
 def without_ext_proc(bootstrap: dict[str, Any], port: int, admin: int) -> dict[str, Any]:
-    """The same listener and pods, chosen by Envoy's own balancing."""
+    """The same listener and pods, chosen by Envoy's own balancing: no ext_proc, no Lua, no access log, no header of ours."""
     plain = copy.deepcopy(bootstrap)
     plain["admin"]["address"]["socket_address"]["port_value"] = admin
     resources = plain["static_resources"]
     listener = resources["listeners"][0]
     listener["address"]["socket_address"]["port_value"] = port
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    manager["http_filters"] = [each for each in manager["http_filters"] if "ext_proc" not in each["name"]]
+    manager["http_filters"] = [each for each in manager["http_filters"] if each["name"].endswith(".router")]
+    for ours in ("access_log", "always_set_request_id_in_response"):
+        manager.pop(ours, None)
+    for host in manager["route_config"]["virtual_hosts"]:
+        host.pop("response_headers_to_add", None)
     resources["clusters"] = [each for each in resources["clusters"] if each["name"] == "pods"]
     policy = {"@type": f"type.googleapis.com/{_LEAST_REQUEST}"}
     extension = {"name": "envoy.load_balancing_policies.least_request", "typed_config": policy}
@@ -107,16 +111,15 @@ def without_ext_proc(bootstrap: dict[str, Any], port: int, admin: int) -> dict[s
     return plain
 
 
-async def counters(url: str, names: Sequence[str]) -> dict[str, float]:
-    """The sum of each metric of an exposition page, or each of Envoy's own counters, over its labels."""
+async def samples(url: str) -> list[tuple[str, float]]:
+    """Name, with labels, and value of each line of an exposition page or of Envoy's own counters; other lines apart."""
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         lines = (await response.text()).splitlines()
-    found = dict.fromkeys(names, 0.0)
+    found = []
     for line in lines:
-        key, _, value = line.rpartition(" ")
-        for name in names:
-            if key.rstrip(":").startswith(name):
-                found[name] += float(value)
+        name, _, value = line.rpartition(" ")
+        with contextlib.suppress(ValueError):  # a comment, or one of Envoy's histograms
+            found.append((name, float(value)))
     return found
 
 

@@ -111,6 +111,27 @@ async def test_dead_pods_cost_no_request(directory: Path) -> None:
             assert await gateway.metric("envoy_extproc_in_flight_requests") == 0
 
 
+async def test_a_pod_that_failed_is_passed_over_at_once(directory: Path) -> None:
+    dead = [{"name": "dead", "address": f"127.0.0.1:{free_port()}", "models": [MODEL]}]
+    config = {"engines": {"scrape_interval_ms": 60_000}}  # so that only requests find out
+    async with (
+        fast_engines(1) as engines,
+        Gateway(directory, engines=engines, pods=dead, config=config) as gateway,
+        aiohttp.ClientSession(gateway.url) as http,
+    ):
+        attempts = 1
+        while attempts == 1:
+            request_id = new_id()
+            await served_by(http, **{"x-request-id": request_id, "routing-strategy": "round-robin"})
+            attempts = (await gateway.report(request_id))["attempts"]
+        ids = [new_id() for _ in range(4)]
+        for request_id in ids:
+            await served_by(http, **{"x-request-id": request_id, "routing-strategy": "round-robin"})
+        reports = [await gateway.report(request_id) for request_id in ids]
+        assert [report["attempts"] for report in reports] == [1] * 4
+        assert {report["candidates"] for report in reports} == {1}
+
+
 async def test_scraper_takes_dead_pods_out(directory: Path) -> None:
     dead = [{"name": "dead", "address": f"127.0.0.1:{free_port()}", "models": [MODEL]}]
     async with fast_engines(1) as engines:

@@ -32,6 +32,7 @@ def event(text: str) -> bytes:
 
 
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":11,"completion_tokens":2,"total_tokens":13}}\n\n'
+STREAM_LANE = {"responses": {"accounting": "stream"}}  # the native lane has a module of its own
 FIRST, SECOND = event("first"), event("second")
 
 
@@ -99,7 +100,7 @@ class Scene:
 async def scene(directory: Path, *, servers: int = 1, **config: Mapping[str, Any]) -> AsyncIterator[Scene]:
     async with (
         canned() as upstream,
-        Gateway(directory, pods=[upstream.pod()], config=config, servers=servers) as gateway,
+        Gateway(directory, pods=[upstream.pod()], config=STREAM_LANE | config, servers=servers) as gateway,
         aiohttp.ClientSession(gateway.url, connector=aiohttp.TCPConnector(limit=0)) as http,
     ):
         yield Scene(gateway, upstream, http)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.errors import GatewayError
-from envoy_extproc.exchange.commands import Command, Continue, Finish, Respond, Schedule
+from envoy_extproc.exchange.commands import Command, Continue, Finish, Handover, Release, Respond, Schedule
 from envoy_extproc.exchange.events import (
     Event,
     Refused,
@@ -27,10 +27,17 @@ ENDPOINTS = {each.address: each for each in (endpoint(1), endpoint(2), endpoint(
 
 
 class Playbook:
-    """Drives one exchange; every event is a second after the one before, unless `at` is set."""
+    """Drives one exchange; every event is a second after the one before, unless `at` is set.
 
-    def __init__(self, settings: ExchangeSettings | None = None) -> None:
-        self.exchange = Exchange(settings or ExchangeSettings(), self._lookup, lambda: "made-up-id")
+    Args:
+        native: whether the native lane is open, and Envoy has its script.
+    """
+
+    def __init__(self, settings: ExchangeSettings | None = None, *, native: bool = False) -> None:
+        self.exchange = Exchange(
+            settings or ExchangeSettings(), self._lookup, lambda: "made-up-id", native=native
+        )
+        self.lua = int(native)
         self.at = 99.0
 
     def _lookup(self, address: str) -> Endpoint | None:
@@ -58,7 +65,7 @@ class Playbook:
         **more: str,
     ) -> Sequence[Command]:
         values = {"method": "GET" if end else "POST", "path": path, "x_request_id": "id-1", **more}
-        return self.receive(RequestHeaders(self.now(), headers(**values), end, subset))
+        return self.receive(RequestHeaders(self.now(), headers(**values), end, subset, self.lua))
 
     def body(self, data: bytes) -> Sequence[Command]:
         return self.receive(RequestBody(self.now(), data, True))
@@ -102,6 +109,12 @@ class Playbook:
         assert isinstance(command, Finish)
         return command.report
 
+    def released(self, *, draining: bool = False, failure: str | None = None) -> str:
+        """The id by which the report of an exchange that was handed over will come."""
+        (command,) = self.receive(StreamClosed(self.now(), draining, failure))
+        assert isinstance(command, Release)
+        return command.request_id
+
     # -- the beginnings many conversations share -------------------------------------------------------------------
 
     def until_routed(
@@ -121,6 +134,12 @@ def reply(commands: Sequence[Command]) -> Continue:
     (command,) = commands
     assert isinstance(command, Continue)
     return command
+
+
+def handover(routed: Continue) -> Handover:
+    """What is left to Envoy."""
+    assert routed.handover is not None
+    return routed.handover
 
 
 def respond(commands: Sequence[Command]) -> Respond:

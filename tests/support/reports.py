@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from envoy_extproc.exchange.report import Report
+from envoy_extproc.exchange.report import Report, routing_of
 from envoy_extproc.openai.answer import Usage
 from tests.support.builders import MODEL, decision, endpoint
 
@@ -19,7 +19,7 @@ SUCCESS = Report(
     outcome="success",
     error_type=None,
     error=None,
-    decision=decision(1),
+    routing=routing_of(decision(1)),
     served_by=endpoint(1),
     served_address="10.0.0.1:8000",
     attempts=1,

@@ -1,4 +1,4 @@
-"""Envoy's access log on a real grpc.aio server: what counts as a bypass, and how its streams end."""
+"""Envoy's access log on a real grpc.aio server: what an entry tells, what counts as a bypass, how its streams end."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import grpc
+import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from envoy_extproc._proto import access_log_pb2
-from envoy_extproc.server.access_log import SERVICE, AccessLog, is_bypass
-from envoy_extproc.server.wire import METADATA
+from envoy_extproc.exchange.native import Entry, Facts
+from envoy_extproc.exchange.report import Report, routing_of
+from envoy_extproc.server.access_log import SERVICE, AccessLog, decode, is_bypass, is_undecided
+from envoy_extproc.server.native_lane import Accounting, NativeLane
+from envoy_extproc.server.wire import LUA_METADATA, METADATA
+from tests.support.builders import decision, endpoint
 from tests.support.gateway import eventually
+from tests.support.playbook import ENDPOINTS
 
 Message = access_log_pb2.StreamAccessLogsMessage
 Response = access_log_pb2.StreamAccessLogsResponse
+LogEntry = access_log_pb2.HTTPAccessLogEntry
 Stream = grpc.aio.StreamUnaryCall[Message, Response]
+FACTS = msgspec.json.encode(
+    Facts(request_id="id-1", path="/v1/chat/completions", routing=routing_of(decision(1)), read=True)
+).decode()
 
 
 def message(*, upstream: bool = True, seen: bool = False) -> Message:
@@ -31,14 +44,50 @@ def message(*, upstream: bool = True, seen: bool = False) -> Message:
     return written
 
 
+def entry(
+    *flags: str,
+    status: int = 200,
+    details: str = "via_upstream",
+    upstream: tuple[str, int] | None = ("10.0.0.1", 8000),
+    facts: str | None = FACTS,
+    **notes: str,
+) -> LogEntry:
+    """One of the native lane: `notes` are the script's."""
+    written = LogEntry()
+    common, response = written.common_properties, written.response
+    for flag in flags:
+        setattr(common.response_flags, flag, True)
+    response.response_code.value, response.response_code_details = status, details
+    if upstream is not None:
+        address = common.upstream_remote_address.socket_address
+        address.address, address.port_value = upstream
+    told = common.metadata.filter_metadata[LUA_METADATA].fields
+    told["v"].number_value = 1
+    for name, text in notes.items():
+        told[name].string_value = text
+    if facts is not None:
+        ours = common.metadata.filter_metadata[METADATA].fields
+        ours["v"].number_value, ours["facts"].string_value = 1, facts
+    return written
+
+
+def message_of(*entries: LogEntry) -> Message:
+    written = Message()
+    written.http_logs.log_entry.extend(entries)
+    return written
+
+
 @dataclass
 class Served:
-    """A server under test."""
+    """A server under test, whose clock stands at `now`."""
 
     log: AccessLog
+    lane: NativeLane
+    now: list[float]
     server: grpc.aio.Server
     channel: grpc.aio.Channel
     counts: list[int] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
 
     def open(self) -> Stream:
         """One Envoy worker."""
@@ -49,18 +98,34 @@ class Served:
         )
         return method(None)
 
+    async def take(self, *entries: LogEntry) -> None:
+        """A whole stream of one message."""
+        stream = self.open()
+        await stream.write(message_of(*entries))
+        await stream.done_writing()
+        await stream
+
 
 @asynccontextmanager
-async def service() -> AsyncIterator[Served]:
+async def service(accounting: Accounting = "auto") -> AsyncIterator[Served]:
     counts: list[int] = []
-    log = AccessLog(counts.append)
+    reports: list[Report] = []
+    now = [100.0]
+    lane = NativeLane(accounting)
+    log = AccessLog(
+        lane=lane,
+        lookup=ENDPOINTS.get,
+        finished=reports.append,
+        bypassed=counts.append,
+        clock=lambda: now[0],
+    )
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((log.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Served(log, server, channel, counts)
+            yield Served(log, lane, now, server, channel, counts, reports)
     finally:
         await server.stop(None)
 
@@ -71,6 +136,239 @@ async def service() -> AsyncIterator[Served]:
 def test_what_a_bypass_is(upstream: bool, seen: bool, bypass: bool) -> None:
     (entry,) = message(upstream=upstream, seen=seen).http_logs.log_entry
     assert is_bypass(entry) is bypass
+
+
+# -- what an entry says --------------------------------------------------------------------------------------------
+
+DC, DR = "downstream_connection_termination", "downstream_remote_reset"
+STARTED, NOT_STARTED = "upstream_reset_after_response_started", "upstream_reset_before_response_started"
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "flags", "cut_by", "local"),
+    [
+        (200, "via_upstream", [], None, None),
+        (200, "", [], None, None),
+        (404, "via_upstream", [], None, None),
+        (503, "via_upstream", ["upstream_retry_limit_exceeded"], None, None),
+        (200, "downstream_remote_disconnect", [DC], "client", None),
+        (200, "via_upstream", [DC], "client", None),
+        (200, "http2.remote_reset", [DR], "client", None),
+        (500, "via_upstream", [DC], "client", None),
+        (0, "downstream_remote_disconnect", [DC], "client", None),
+        (0, "downstream_local_disconnect(x)", [], "client", None),
+        (0, f"{NOT_STARTED}{{connection_termination}}", [], "network", None),
+        (0, "", [], "network", None),
+        (200, f"{STARTED}{{connection_termination}}", ["upstream_connection_termination"], "network", None),
+        (500, f"{STARTED}{{remote_reset}}", ["upstream_remote_reset"], "network", None),
+        (200, "stream_idle_timeout", ["stream_idle_timeout"], "network", None),
+        (200, "ext_proc_error_gRPC_error_14", [], "network", None),
+        (503, f"{NOT_STARTED}{{connection_failure}}", ["upstream_connection_failure"], None, NOT_STARTED),
+        (503, "no_healthy_upstream", ["no_healthy_upstream"], None, "no_healthy_upstream"),
+        (413, "request_payload_too_large", [], None, "request_payload_too_large"),
+        (504, "response_timeout", ["upstream_request_timeout"], None, "response_timeout"),
+    ],
+)
+def test_who_ended_it(
+    status: int, details: str, flags: list[str], cut_by: str | None, local: str | None
+) -> None:
+    told = decode(entry(*flags, status=status, details=details), FACTS)
+    assert (told.status, told.cut_by) == (status or None, cut_by)
+    assert (None if told.local_reply is None else told.local_reply.partition("{")[0]) == local
+
+
+@pytest.mark.parametrize(
+    ("upstream", "address"),
+    [(("10.0.0.1", 8000), "10.0.0.1:8000"), (("::1", 8000), "[::1]:8000"), (None, None)],
+)
+def test_the_address_of_a_pod_is_as_discovery_writes_it(
+    upstream: tuple[str, int] | None, address: str | None
+) -> None:
+    assert decode(entry(upstream=upstream), FACTS).upstream == address
+
+
+def test_the_rest_of_an_entry() -> None:
+    written = entry(answer="{}", usage="{1}", error="{2}")
+    common = written.common_properties
+    common.start_time.seconds, common.start_time.nanos = 1_000, 250_000_000
+    common.duration.seconds, common.duration.nanos = 2, 500_000_000
+    common.upstream_request_attempt_count = 3
+    written.response.response_body_bytes = 77
+    written.request.path, written.request.request_id = b"/x\xff", b"id\xff"
+    assert decode(written, FACTS) == Entry(
+        facts=FACTS,
+        request_id="id\ufffd",
+        path="/x\ufffd",
+        started=1_000.25,
+        duration=2.5,
+        status=200,
+        upstream="10.0.0.1:8000",
+        attempts=3,
+        body_bytes=77,
+        notes="{}",
+        usage="{1}",
+        error="{2}",
+    )
+
+
+def test_an_entry_without_notes() -> None:
+    told = decode(entry(), FACTS)
+    assert (told.notes, told.usage, told.error) == ("", "", "")
+    bare = LogEntry()
+    assert decode(bare, "") == Entry(facts="", cut_by="network")
+
+
+@pytest.mark.parametrize(
+    ("changes", "undecided"),
+    [
+        ({}, True),
+        ({"status": 408, "details": "request_overall_timeout"}, True),
+        ({"facts": FACTS}, False),
+        ({"upstream": ("10.0.0.1", 8000)}, False),
+        ({"status": 404, "details": "envoy_extproc_model_not_found"}, False),
+        ({"status": 503, "details": "ext_proc_error_gRPC_error_14"}, False),
+    ],
+)
+def test_what_ended_before_it_was_routed(changes: dict[str, Any], undecided: bool) -> None:
+    given = {"facts": None, "upstream": None, "status": 0, "details": "", **changes}
+    assert is_undecided(entry(**given)) is undecided
+    assert not is_undecided(LogEntry())  # no script: nothing of it went by the native lane
+    other = entry(**given)
+    other.common_properties.metadata.filter_metadata[LUA_METADATA].fields["v"].number_value = 99
+    assert not is_undecided(other)  # nor of one whose script is not understood
+
+
+# -- what is made of it --------------------------------------------------------------------------------------------
+
+
+async def test_an_entry_with_facts_is_a_report_and_no_bypass() -> None:
+    async with service() as served, asyncio.timeout(5):
+        await served.take(entry(answer='{"streamed":true,"ended":true,"done":true}', usage="{}"))
+        (report,) = served.reports
+        assert (report.outcome, report.request_id, report.served_by) == ("success", "id-1", endpoint(1))
+        assert (served.counts, served.lane.reported) == ([], 1)
+
+
+async def test_entries_of_all_kinds_in_one_message() -> None:
+    async with service() as served, asyncio.timeout(5):
+        (passed,) = message(seen=True).http_logs.log_entry
+        (past,) = message().http_logs.log_entry
+        early = entry("downstream_connection_termination", status=0, details="", upstream=None, facts=None)
+        with capture_logs() as logs:
+            await served.take(entry(), past, passed, entry(), early, past)
+        assert [report.outcome for report in served.reports] == ["success", "success", "aborted"]
+        assert (served.counts, served.lane.reported) == ([2], 3)
+        assert [line["event"] for line in logs] == ["requests_bypassed"]
+
+
+async def test_in_the_stream_lane_a_request_that_ended_early_is_no_entrys_to_report() -> None:
+    async with service("stream") as served, asyncio.timeout(5):
+        await served.take(entry(status=0, details="", upstream=None, facts=None))
+        assert (served.reports, served.counts) == ([], [])
+
+
+@pytest.mark.parametrize("kind", [access_log_pb2.DownstreamStart, access_log_pb2.DownstreamPeriodic])
+async def test_entries_of_requests_under_way_are_passed_over(
+    kind: access_log_pb2.AccessLogType.ValueType,
+) -> None:
+    async with service() as served, asyncio.timeout(5):
+        begun, (past,) = entry(), message().http_logs.log_entry
+        for each in (begun, past):
+            each.common_properties.access_log_type = kind
+        await served.take(begun, past)
+        assert (served.reports, served.counts) == ([], [])
+
+
+@pytest.mark.parametrize("broken", [entry(facts="{"), entry(facts='{"v":2}'), entry(answer="{")])
+async def test_entries_of_another_version_are_said_once_and_not_reported(broken: LogEntry) -> None:
+    async with service() as served, asyncio.timeout(5):
+        with capture_logs() as logs:
+            await served.take(broken, entry(), broken)
+            await served.take(broken)
+        assert len(served.reports) == served.lane.reported == 1
+        assert served.counts == []  # it had come by here all the same
+        assert [line["event"] for line in logs] == ["entry_unreadable"]
+        served.now[0] += 61
+        with capture_logs() as logs:
+            await served.take(broken)
+        assert [line["event"] for line in logs] == ["entry_unreadable"]
+
+
+async def test_a_clients_bytes_that_are_no_text_cost_no_entry() -> None:
+    async with service() as served, asyncio.timeout(5):
+        written = message_of(entry()).SerializeToString()
+        # HTTPRequestProperties.user_agent (6), which Envoy writes as it came
+        request = b"\x1a\x04\x32\x02\xff\xfe"
+        inner = entry().SerializeToString() + request
+        entries = b"\x0a" + _varint(len(inner)) + inner
+        raw = b"\x12" + _varint(len(entries)) + entries
+        method = served.channel.stream_unary(f"/{SERVICE}/StreamAccessLogs", bytes, Response.FromString)
+        stream = method(None)
+        for each in (raw, written):
+            await stream.write(each)
+        await stream.done_writing()
+        await stream
+        assert len(served.reports) == 2
+
+
+def _varint(number: int) -> bytes:
+    return bytes([number & 0x7F | 0x80, number >> 7]) if number > 0x7F else bytes([number])
+
+
+async def test_a_message_that_is_none_is_said_and_the_next_stream_is_read() -> None:
+    async with service() as served, asyncio.timeout(5):
+        method = served.channel.stream_unary(f"/{SERVICE}/StreamAccessLogs", bytes, Response.FromString)
+        stream = method(None)
+        with capture_logs() as logs:
+            await stream.write(b"\xff\xff\xff")
+            await stream
+        assert await stream.code() is grpc.StatusCode.OK
+        assert [line["event"] for line in logs] == ["entries_unreadable"]
+        await served.take(entry())
+        assert len(served.reports) == 1
+
+
+# -- streams -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_is_read_for_its_turn_and_ends_right_behind_a_message() -> None:
+    async with service() as served, asyncio.timeout(5):
+        stream = served.open()
+        await stream.write(message())
+        await eventually(lambda: sum(served.counts) == 1)
+        served.now[0] += 3.1
+        await asyncio.sleep(0.05)
+        assert not stream.done()  # it waits for a message, so that none is lost
+        await stream.write(message())
+        assert isinstance(await stream, Response)
+        assert await stream.code() is grpc.StatusCode.OK
+        assert sum(served.counts) == 2
+        assert not served.log._readers
+
+
+async def test_within_its_turn_a_stream_is_not_ended() -> None:
+    async with service() as served, asyncio.timeout(5):
+        stream = served.open()
+
+        def counted(number: int) -> bool:
+            return sum(served.counts) == number
+
+        for number in range(1, 4):
+            await stream.write(message())
+            await eventually(partial(counted, number))
+            served.now[0] += 0.9
+        assert not stream.done()
+        await stream.done_writing()
+        await stream
+
+
+async def test_each_message_shows_that_the_log_is_wired() -> None:
+    async with service() as served, asyncio.timeout(5):
+        for number in range(25):
+            served.lane.end(2.0 * number)
+        assert not served.lane.open
+        await served.take()
+        assert served.lane.open
 
 
 async def test_streams_are_read_until_envoy_ends_them() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
 from envoy_extproc.errors import BadRequest, GatewayError, ModelNotFound, NoReadyEndpoint
 from envoy_extproc.exchange.commands import (
     PASS,
+    SHOW_RESPONSE,
     BodyMode,
     Command,
     Continue,
     Finish,
     LoadReport,
     Phase,
+    Release,
     Serve,
 )
 from envoy_extproc.exchange.events import (
@@ -30,12 +33,13 @@ from envoy_extproc.exchange.events import (
     StreamClosed,
 )
 from envoy_extproc.exchange.exchange import NEXT, TABLE, ExchangeSettings, State
+from envoy_extproc.exchange.native import Facts
 from envoy_extproc.exchange.record import fault_of, fault_of_envoy, time_per_output_token
-from envoy_extproc.exchange.report import Report
+from envoy_extproc.exchange.report import Report, routing_of
 from envoy_extproc.openai.answer import Usage
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
 from tests.support.builders import MODEL, decision, endpoint, headers, sse, token, usage
-from tests.support.playbook import Playbook, asked, reply, respond
+from tests.support.playbook import Playbook, asked, handover, reply, respond
 
 STREAM = b'{"model":"llama-3-8b","stream":true}'
 PLAIN = b'{"model":"llama-3-8b"}'
@@ -52,7 +56,7 @@ ROUTED = {
 
 def test_a_stream_from_end_to_end() -> None:
     book = Playbook()
-    assert reply(book.request()) is PASS[Phase.REQUEST_HEADERS]
+    assert reply(book.request()) is SHOW_RESPONSE
     assert asked(book.body(STREAM)) == SchedulingRequest(model=MODEL)
     check_the_routed_stream(book.scheduled(1, 2))
     check_the_answered_stream(reply(book.answer()))
@@ -104,7 +108,7 @@ REPORT_OF_THE_STREAM = Report(
     outcome="success",
     error_type=None,
     error=None,
-    decision=decision(1, 2),
+    routing=routing_of(decision(1, 2)),
     served_by=endpoint(1),
     served_address="10.0.0.1:8000",
     attempts=1,
@@ -340,7 +344,7 @@ def test_a_body_announced_too_large_is_refused_before_it_comes() -> None:
     }
     report = book.closed()
     assert (report.outcome, report.error_type, report.error) == ("refused", "client", "request_too_large")
-    assert (report.status, report.decision, report.usage_source) == (413, None, "none")
+    assert (report.status, report.routing, report.usage_source) == (413, None, "none")
 
 
 def test_a_request_with_trailers_and_no_body_is_refused() -> None:
@@ -494,7 +498,7 @@ def test_envoy_answers_while_the_body_is_awaited() -> None:
     assert "routing-strategy" not in dict(answered.set_headers)
     assert book.state is State.HELD
     report = book.closed()
-    assert (report.outcome, report.error_type, report.decision) == ("error", "client", None)
+    assert (report.outcome, report.error_type, report.routing) == ("error", "client", None)
 
 
 @pytest.mark.parametrize(
@@ -796,7 +800,7 @@ def test_an_answer_of_a_pod_that_nobody_chose(status: int) -> None:
     assert book.state is State.HELD
     report = book.closed()
     assert (report.outcome, report.error_type, report.error) == ("error", "internal", "served-undecided")
-    assert (report.status, report.served_address, report.decision) == (status, "10.0.0.1:8000", None)
+    assert (report.status, report.served_address, report.routing) == (status, "10.0.0.1:8000", None)
     assert report.usage_source == "none"
 
 
@@ -807,10 +811,176 @@ def test_an_answer_of_envoys_own_while_the_body_is_awaited_is_no_defect() -> Non
     assert book.closed().error == "request_overall_timeout"
 
 
+# -- the native lane -----------------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_envoy_reads_itself() -> None:
+    book = Playbook(native=True)
+    assert reply(book.request()) is PASS[Phase.REQUEST_HEADERS]
+    assert asked(book.body(STREAM)) == SchedulingRequest(model=MODEL)
+    routed = book.scheduled(1, 2)
+    check_the_routed_stream(routed)
+    assert (routed.request_body, routed.response_headers, routed.response_body) == (None, None, None)
+    left = handover(routed)
+    assert (left.request_id, left.policy) == ("id-1", "least-request")
+    assert left.pods == (("10.0.0.1:8000", "pod-1"), ("10.0.0.2:8000", "pod-2"))
+    assert (left.read, left.hide, left.max_event_bytes, left.load_report) == (True, True, 1_048_576, None)
+    assert facts(routed) == Facts(
+        request_id="id-1",
+        path="/v1/chat/completions",
+        routing=routing_of(decision(1, 2)),
+        operation="chat",
+        model=MODEL,
+        stream=True,
+        read=True,
+    )
+    assert book.state is State.HANDED_OVER
+    assert (book.released(), book.state) == ("id-1", State.CLOSED)
+
+
+def facts(routed: Continue) -> Facts:
+    return msgspec.json.decode(handover(routed).facts, type=Facts)
+
+
+@pytest.mark.parametrize(("native", "lua"), [(False, 1), (True, 0), (True, 99), (False, 0)])
+def test_without_a_script_that_is_understood_the_answer_is_shown_here(native: bool, lua: int) -> None:
+    book = Playbook(native=native)
+    book.lua = lua
+    assert reply(book.request()) is SHOW_RESPONSE
+    book.body(STREAM)
+    assert book.scheduled().handover is None
+    assert reply(book.answer()).response_body is BodyMode.STREAMED
+    book.data(sse(token(), usage(1, 1), DONE), end=True)
+    assert book.closed().outcome == "success"
+
+
+@pytest.mark.parametrize(
+    ("path", "end"), [("/v1/models", True), ("/v1/chat/completions", True), ("/v1/rerank", False)]
+)
+def test_an_answer_that_nobody_reads_is_handed_over_too(path: str, end: bool) -> None:
+    book = Playbook(native=True)
+    asked(book.request(path, end=end))
+    routed = book.scheduled()
+    assert (routed.phase, routed.request_body) == (Phase.REQUEST_HEADERS, BodyMode.NONE)
+    assert routed.response_headers is False
+    assert (handover(routed).read, handover(routed).hide) == (False, False)
+    told = facts(routed)
+    assert (told.read, told.stream, told.operation, told.path) == (False, False, None, path)
+    book.released()
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_without_the_script_the_headers_of_such_an_answer_are_asked_for(end: bool) -> None:
+    book = Playbook()
+    book.request("/v1/rerank", end=end)
+    assert book.scheduled().response_headers is True
+
+
+@pytest.mark.parametrize(
+    ("body", "hide"),
+    [(STREAM, True), (PLAIN, False), (b'{"model":"m","stream":true,"stream_options":{}}', False)],
+)
+def test_usage_is_hidden_where_it_was_added(body: bytes, hide: bool) -> None:
+    left = handover(Playbook(native=True).until_routed(body))
+    assert (left.read, left.hide) == (True, hide)
+
+
+@pytest.mark.parametrize(("body", "limit"), [(STREAM, 100), (PLAIN, 200)])
+def test_an_event_and_a_json_answer_have_limits_of_their_own(body: bytes, limit: int) -> None:
+    book = Playbook(ExchangeSettings(max_event_bytes=100, max_json_bytes=200), native=True)
+    assert handover(book.until_routed(body)).max_event_bytes == limit
+
+
+def test_without_accounting_an_answer_is_handed_over_and_not_read() -> None:
+    book = Playbook(ExchangeSettings(accounting=False), native=True)
+    routed = book.until_routed()
+    assert (routed.body, handover(routed).read, handover(routed).hide) == (None, False, False)
+    assert (facts(routed).read, facts(routed).operation) == (False, "chat")
+    book.released()
+
+
+def test_the_load_report_of_a_native_answer_is_known_with_the_decision() -> None:
+    routed = Playbook(native=True).until_routed(STREAM, 1, endpoint_load_metrics_format="JSON")
+    assert handover(routed).load_report == LoadReport("JSON", decision(1).chosen)
+    assert routed.load_report is None
+
+
+def test_what_a_client_wrote_is_cut_and_mended_for_metadata() -> None:
+    book = Playbook(native=True)
+    book.request("/v1/rerank\udcff" + "x" * 600, x_request_id="id\udcff" + "y" * 600, x_model="m\udcff")
+    routed = book.scheduled()
+    told = facts(routed)
+    assert (told.request_id, told.model) == ("id?" + "y" * 509, "m?")
+    assert told.path == "/v1/rerank?" + "x" * 501
+    assert handover(routed).request_id == "id\udcff" + "y" * 600
+    assert book.released() == told.request_id
+
+
+@pytest.mark.parametrize("error", [ModelNotFound("no"), NoReadyEndpoint("no")])
+def test_a_refusal_is_reported_here(error: GatewayError) -> None:
+    book = Playbook(native=True)
+    book.request()
+    book.body(STREAM)
+    assert book.refused(error).status == error.status
+    assert (book.closed().outcome, book.state) == ("refused", State.CLOSED)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_what_ends_before_the_decision_is_told_by_its_entry_too(read: bool) -> None:
+    book = Playbook(native=True)
+    book.request()
+    if read:
+        asked(book.body(STREAM))
+    assert book.released() == "id-1"
+
+
+def test_an_answer_of_envoys_own_to_a_native_request_without_its_body() -> None:
+    book = Playbook(native=True)
+    book.request()
+    book.answer(408, upstream=None, attempts=0, local_reply="request_overall_timeout")
+    assert book.released() == "id-1"
+
+
+def test_a_defect_before_the_decision_is_reported_here() -> None:
+    book = Playbook(native=True)
+    book.request()
+    assert book.closed(failure="ValueError").error == "ValueError"
+
+
+def test_a_stream_without_a_word_is_told_by_its_entry_too() -> None:
+    assert Playbook(native=True).released() == ""
+
+
+def test_what_envoy_shows_of_an_answer_handed_over_passes() -> None:
+    book = Playbook(native=True)
+    book.until_routed()
+    assert reply(book.trailers()) is PASS[Phase.REQUEST_TRAILERS]
+    assert reply(book.answer()) is PASS[Phase.RESPONSE_HEADERS]
+    assert book.data(sse(usage(1, 1))) == sse(usage(1, 1))  # not asked for: passed, and counted
+    assert book.exchange.record.unexpected == 1
+    assert not book.exchange.holds_back
+    book.released()
+
+
+@pytest.mark.parametrize(("draining", "failure"), [(True, None), (False, "ValueError")])
+def test_however_the_stream_ends_the_report_is_envoys(draining: bool, failure: str | None) -> None:
+    book = Playbook(native=True)
+    book.until_routed()
+    assert book.released(draining=draining, failure=failure) == "id-1"
+
+
+def test_messages_that_should_not_have_come_travel_with_the_facts() -> None:
+    book = Playbook(native=True)
+    book.request()
+    book.request()
+    book.body(STREAM)
+    assert facts(book.scheduled()).unexpected == 1
+
+
 # -- messages that should not come ---------------------------------------------------------------------------------
 
 EVENTS: dict[type[object], Event] = {
-    RequestHeaders: RequestHeaders(1.0, headers(path="/v1/chat/completions"), False),
+    RequestHeaders: RequestHeaders(1.0, headers(path="/v1/chat/completions"), False, None, 1),
     RequestBody: RequestBody(1.0, STREAM, True),
     RequestTrailers: RequestTrailers(1.0),
     ResponseHeaders: ResponseHeaders(
@@ -829,13 +999,14 @@ PATHS: dict[State, tuple[type[object], ...]] = {
     State.AWAIT_RESPONSE_HEADERS: (RequestHeaders, RequestBody, Scheduled),
     State.AWAIT_RESPONSE_BODY: (RequestHeaders, RequestBody, Scheduled, ResponseHeaders),
     State.HELD: (RequestHeaders, RequestBody, Scheduled, ResponseHeaders, ResponseTrailers),
+    State.HANDED_OVER: (RequestHeaders, RequestBody, Scheduled),
     State.ANSWERED: (RequestHeaders, RequestBody, Refused),
     State.CLOSED: (StreamClosed,),
 }
 
 
 def in_state(state: State) -> Playbook:
-    book = Playbook()
+    book = Playbook(native=state is State.HANDED_OVER)
     for kind in PATHS[state]:
         book.receive(EVENTS[kind])
     assert book.state is state
@@ -874,8 +1045,8 @@ def _upper(kind: type[object]) -> str:
 )
 def test_the_end_comes_in_every_state_and_is_told_once(state: State, closed: StreamClosed) -> None:
     book = in_state(state)
-    (finish,) = book.receive(closed)
-    assert isinstance(finish, Finish)
+    (last,) = book.receive(closed)
+    assert isinstance(last, Release if state is State.HANDED_OVER else Finish)
     assert book.state is State.CLOSED
     again: list[Command] = []
     for event in EVENTS.values():

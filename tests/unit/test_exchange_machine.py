@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
+import msgspec
 import pytest
 from hypothesis import event as note
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envoy_extproc.endpoints import Snapshot
 from envoy_extproc.errors import BadPin, GatewayError, ModelNotFound, NoReadyEndpoint
-from envoy_extproc.exchange.commands import Command, Continue, Finish, Respond, Schedule, Serve
+from envoy_extproc.exchange.commands import Command, Continue, Finish, Release, Respond, Schedule, Serve
 from envoy_extproc.exchange.events import (
     Event,
     Message,
@@ -22,8 +26,15 @@ from envoy_extproc.exchange.events import (
     Scheduled,
     StreamClosed,
 )
-from envoy_extproc.exchange.exchange import NEXT, TABLE, ExchangeSettings, State
-from tests.support.builders import decision, headers, sse, token, usage
+from envoy_extproc.exchange.exchange import NEXT, TABLE, Exchange, ExchangeSettings, State
+from envoy_extproc.exchange.native import Facts
+from envoy_extproc.scheduling import registry
+from envoy_extproc.server.director import Director, RoutingRules
+from envoy_extproc.server.native_lane import NativeLane
+from envoy_extproc.server.servicer import Call, Parts
+from envoy_extproc.state.memory import InFlight
+from envoy_extproc.telemetry import Hooks
+from tests.support.builders import decision, endpoint, headers, sse, token, usage
 from tests.support.playbook import Playbook
 
 TEXT = sse(token("a"), usage(3, 4), {"error": {"code": 503}}, "[DONE]", "junk")
@@ -66,7 +77,12 @@ PIECES = st.tuples(st.integers(0, len(TEXT)), st.integers(0, 60)).map(
 
 EVENTS: dict[type[object], st.SearchStrategy[Event]] = {
     RequestHeaders: st.builds(
-        RequestHeaders, AT, REQUEST_HEADERS, st.booleans(), st.none() | st.just(("10.0.0.1",))
+        RequestHeaders,
+        AT,
+        REQUEST_HEADERS,
+        st.booleans(),
+        st.none() | st.just(("10.0.0.1",)),
+        st.sampled_from([1, 1, 0, 2]),
     ),
     RequestBody: st.builds(RequestBody, AT, BODIES, st.booleans()),
     RequestTrailers: st.builds(RequestTrailers, AT),
@@ -119,17 +135,25 @@ def check_step(before: State, happened: Event, commands: list[Command], after: S
     for command in commands:
         if isinstance(command, Serve):
             assert kind is ResponseHeaders
+            assert before is not State.HANDED_OVER
+        if isinstance(command, Continue):
+            assert (command.handover is not None) is (after is State.HANDED_OVER and kind is Scheduled)
+            if command.handover is not None:
+                told = msgspec.json.decode(command.handover.facts, type=Facts)
+                assert (told.read, told.routing is None) == (command.handover.read, False)
     assert any(isinstance(command, Respond) for command in commands) <= (after is State.ANSWERED)
 
 
 @given(data=st.data())
 @pytest.mark.parametrize("accounting", [True, False])
+@pytest.mark.parametrize("native", [True, False])
 @settings(max_examples=200)
-def test_any_conversation(data: st.DataObject, accounting: bool) -> None:
+def test_any_conversation(data: st.DataObject, accounting: bool, native: bool) -> None:
     book = Playbook(
-        ExchangeSettings(max_body_bytes=100, max_event_bytes=60, max_json_bytes=40, accounting=accounting)
+        ExchangeSettings(max_body_bytes=100, max_event_bytes=60, max_json_bytes=40, accounting=accounting),
+        native=native,
     )
-    finishes = 0
+    ends: list[Finish | Release] = []
     for _ in range(data.draw(st.integers(0, 25))):
         before = book.state
         anything = data.draw(st.integers(0, 9)) == 0
@@ -137,12 +161,58 @@ def test_any_conversation(data: st.DataObject, accounting: bool) -> None:
         happened = data.draw(EVENTS[data.draw(st.sampled_from(kinds))])
         commands = list(book.receive(happened))
         check_step(before, happened, commands, book.state)
-        finishes += sum(isinstance(command, Finish) for command in commands)
+        ends += [command for command in commands if isinstance(command, Finish | Release)]
+        assert not (before is State.HANDED_OVER and any(isinstance(each, Finish) for each in commands))
     note(book.state.name)
-    last = StreamClosed(1e6)
-    finishes += sum(isinstance(command, Finish) for command in book.receive(last))
-    assert finishes == 1
+    ends += [command for command in book.receive(StreamClosed(1e6)) if isinstance(command, Finish | Release)]
+    (end,) = ends
+    assert native or isinstance(end, Finish)
     assert book.state is State.CLOSED
+
+
+MESSAGES = [kind for kind in EVENTS if kind not in (Scheduled, Refused, StreamClosed)]
+
+
+def parts(lane: NativeLane, in_flight: InFlight, *, hold: bool) -> Parts:
+    director = Director(
+        profiles=registry.build(),
+        rules=RoutingRules(),
+        in_flight=in_flight.count,
+        states={},
+        rng=random.Random(1),
+    )
+    director.update(Snapshot([endpoint(1, models=("m",)), endpoint(2, models=("m",))]))
+    return Parts(
+        settings=ExchangeSettings(),
+        director=director,
+        in_flight=in_flight,
+        hook=Hooks(),
+        lane=lane,
+        hold=hold,
+    )
+
+
+@given(data=st.data())
+@pytest.mark.parametrize(("native", "hold"), [(False, True), (True, True), (True, False)])
+def test_what_an_exchange_holds_is_free_in_the_end(data: st.DataObject, native: bool, hold: bool) -> None:
+    lane, in_flight = NativeLane("native" if native else "stream"), InFlight()
+    made = parts(lane, in_flight, hold=hold)
+    exchange = Exchange(made.settings, made.director.lookup, lambda: "made-up-id", native=lane.open)
+    call = Call(exchange, made)
+    for _ in range(data.draw(st.integers(0, 8))):
+        anything = data.draw(st.integers(0, 9)) == 0
+        likely = [kind for kind in LIKELY[exchange.state] if kind in MESSAGES]
+        call.receive(data.draw(EVENTS[data.draw(st.sampled_from((not anything and likely) or MESSAGES))]))
+        assert in_flight.total == (exchange.record.routing is not None)
+    routed, left = exchange.record.routing is not None, lane.ended
+    (end,) = exchange.receive(StreamClosed(1e6))
+    call._perform(end, 1e6)
+    note(type(end).__name__)
+    assert lane.ended - left == isinstance(end, Release)
+    assert in_flight.total == (routed and isinstance(end, Release) and not hold)
+    if isinstance(end, Release):
+        lane.report(end.request_id)
+    assert in_flight.total == 0
 
 
 @given(cuts=st.lists(st.integers(0, len(TEXT)), max_size=8))

@@ -9,6 +9,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from envoy_extproc.endpoints import EngineStats
+from envoy_extproc.exchange.report import routing_of
 from envoy_extproc.openai.answer import Usage
 from envoy_extproc.scheduling.interfaces import Candidate
 from envoy_extproc.telemetry.log import RequestLog, fields, sanitise
@@ -51,7 +52,7 @@ def test_the_line_of_a_refusal() -> None:
         report(
             outcome="refused",
             status=404,
-            decision=None,
+            routing=None,
             served_by=None,
             model=None,
             usage=Usage(),
@@ -73,7 +74,7 @@ def test_oddities_show_only_where_there_are_any() -> None:
 def test_the_state_of_the_endpoint_when_it_was_chosen() -> None:
     chosen = Candidate(endpoint(1), 4, EngineStats(at=0.0, running=3.0, waiting=1.0, kv_cache_usage=0.5))
     made = msgspec.structs.replace(decision(1), chosen=chosen)
-    assert fields(report(decision=made))["endpoint"] == {
+    assert fields(report(routing=routing_of(made)))["endpoint"] == {
         "in_flight": 4,
         "running": 3.0,
         "waiting": 1.0,
@@ -87,7 +88,7 @@ def test_long_names_are_cut_and_durations_rounded() -> None:
 
 
 def test_bytes_that_are_no_text_can_be_written_as_json() -> None:
-    line = fields(report(request_id="id\udcff", path="/\udcff", model="\udcff", decision=None))
+    line = fields(report(request_id="id\udcff", path="/\udcff", model="\udcff", routing=None))
     assert msgspec.json.decode(msgspec.json.encode(line))["request_id"] == "id?"
 
 

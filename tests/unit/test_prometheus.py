@@ -128,7 +128,7 @@ def test_models_that_are_gone_leave_no_series() -> None:
 
 def test_a_refusal_counts_under_a_model_that_is_known() -> None:
     made = metrics()
-    made.finished(report(decision=None, served_by=None, outcome="refused", error_type="overload"))
+    made.finished(report(routing=None, served_by=None, outcome="refused", error_type="overload"))
     assert value(made, "envoy_extproc_requests_total", model=MODEL, outcome="refused") == 1
     assert value(made, "envoy_extproc_errors_total", model=MODEL, error_type="overload") == 1
 
@@ -137,16 +137,14 @@ def test_models_that_nobody_serves_are_no_labels() -> None:
     made = metrics()
     before = None
     for number in range(50):
-        made.finished(
-            report(model=f"made-up-{number}", decision=None, outcome="refused", error_type="client")
-        )
+        made.finished(report(model=f"made-up-{number}", routing=None, outcome="refused", error_type="client"))
         size = len(generate_latest(made.registry).splitlines())
         before = before or size
         assert size == before
     assert value(made, "envoy_extproc_requests_total", model="unknown", outcome="refused") == 50
 
 
-@pytest.mark.parametrize("changes", [{"model": None}, {"operation": None}, {"model": None, "decision": None}])
+@pytest.mark.parametrize("changes", [{"model": None}, {"operation": None}, {"model": None, "routing": None}])
 def test_a_request_that_tells_nothing(changes: dict[str, None]) -> None:
     made = metrics()
     made.finished(report(**changes))

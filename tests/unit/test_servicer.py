@@ -20,9 +20,10 @@ from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.interfaces import Decision
 from envoy_extproc.server import wire
 from envoy_extproc.server.director import Director, RoutingRules
-from envoy_extproc.server.servicer import ExternalProcessor
+from envoy_extproc.server.native_lane import Accounting, NativeLane
+from envoy_extproc.server.servicer import ExternalProcessor, Parts
 from envoy_extproc.state.memory import InFlight
-from envoy_extproc.telemetry import Hook
+from envoy_extproc.telemetry import Hook, Hooks
 from tests.support.builders import MODEL, endpoint, sse, token, usage
 from tests.support.gateway import eventually
 
@@ -104,6 +105,8 @@ async def service(
     hooks: Sequence[Hook] = (),
     director: type[Director] = Director,
     settings: ExchangeSettings | None = None,
+    lane: NativeLane | None = None,
+    hold: bool = True,
 ) -> AsyncIterator[Service]:
     in_flight, told, unknown = InFlight(), Told(), list[None]()
     directing = director(
@@ -114,13 +117,15 @@ async def service(
         rng=random.Random(1),
     )
     directing.update(Snapshot([endpoint(1), endpoint(2, models=("other",))]))
-    processor = ExternalProcessor(
+    parts = Parts(
         settings=settings or ExchangeSettings(),
         director=directing,
         in_flight=in_flight,
-        hooks=(*hooks, told),
-        message_unknown=lambda: unknown.append(None),
+        hook=Hooks(*hooks, told),
+        lane=lane or NativeLane("auto"),
+        hold=hold,
     )
+    processor = ExternalProcessor(parts, message_unknown=lambda: unknown.append(None))
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((processor.handler(),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -144,9 +149,13 @@ async def service(
 # -- what Envoy says -----------------------------------------------------------------------------------------------
 
 
-def request_headers(path: str = "/v1/chat/completions", *, end: bool = False) -> Request:
+def request_headers(
+    path: str = "/v1/chat/completions", *, end: bool = False, lua: int | None = None
+) -> Request:
     message = Request()
     message.request_headers.end_of_stream = end
+    if lua is not None:
+        message.metadata_context.filter_metadata[wire.LUA_METADATA].fields["v"].number_value = lua
     for name, value in ((":path", path), (":method", "POST"), ("x-request-id", "id-1")):
         header = message.request_headers.headers.headers.add()
         header.key, header.raw_value = name, value.encode()
@@ -302,7 +311,7 @@ async def test_an_answer_of_envoys_own_without_a_pod() -> None:
         await stream.done_writing()
         assert await ended(stream)
         report = await served.report()
-        assert (report.decision, report.error_type) == (None, "client")
+        assert (report.routing, report.error_type) == (None, "client")
         assert served.in_flight.total == 0
 
 
@@ -344,7 +353,101 @@ async def test_many_streams_at_once() -> None:
         assert (served.in_flight.total, len(served.told.reports)) == (0, 20)
 
 
+# -- the native lane -----------------------------------------------------------------------------------------------
+
+
+async def until_handed_over(stream: Stream) -> Response:
+    await say(stream, request_headers(lua=1))
+    return await say(stream, request_body())
+
+
+async def test_an_exchange_that_is_handed_over_is_held_and_reported_by_its_entry() -> None:
+    lane = NativeLane("auto")
+    async with service(lane=lane) as served:
+        stream = served.open()
+        first = await say(stream, request_headers(lua=1))
+        assert not first.HasField("mode_override")
+        routed = await say(stream, request_body())
+        fields = routed.dynamic_metadata.fields[wire.METADATA].struct_value.fields
+        assert (fields["native"].number_value, fields["id"].string_value) == (1, "id-1")
+        assert list(served.in_flight) == [(MODEL, "10.0.0.1:8000", 1)]
+        assert (served.processor.live, lane.ended) == (1, 0)
+
+        await stream.done_writing()
+        assert await ended(stream)
+        assert await stream.code() is grpc.StatusCode.OK
+        await until(lambda: served.processor.live == 0)
+        assert (served.in_flight.total, lane.ended, served.told.reports) == (0, 1, [])
+        assert len(served.told.decisions) == 1
+
+
+async def test_a_client_that_leaves_frees_the_place_of_a_native_exchange() -> None:
+    lane = NativeLane("auto")
+    async with service(lane=lane) as served:
+        stream = served.open()
+        await until_handed_over(stream)
+        stream.cancel()
+        await until(lambda: served.processor.live == 0)
+        assert (served.in_flight.total, lane.ended, served.told.reports) == (0, 1, [])
+
+
+async def test_a_stream_that_is_not_held_ends_with_the_decision_and_its_place_with_the_entry() -> None:
+    lane = NativeLane("auto")
+    async with service(lane=lane, hold=False) as served:
+        stream = served.open()
+        await until_handed_over(stream)
+        assert await ended(stream)
+        assert await stream.code() is grpc.StatusCode.OK
+        await until(lambda: served.processor.live == 0)
+        assert list(served.in_flight) == [(MODEL, "10.0.0.1:8000", 1)]
+        assert (lane.ended, served.told.reports) == (1, [])
+        lane.report("id-1")
+        assert served.in_flight.total == 0
+
+
+@pytest.mark.parametrize("accounting", ["auto", "stream"])
+async def test_the_stream_lane_is_held_whatever_is_said_of_the_native_one(accounting: Accounting) -> None:
+    async with service(lane=NativeLane(accounting), hold=False) as served:
+        stream = served.open()
+        lua = 1 if accounting == "stream" else None
+        first = await say(stream, request_headers(lua=lua))
+        assert first.mode_override.response_header_mode == ext_proc_pb2.ProcessingMode.SEND
+        await say(stream, request_body())
+        await say(stream, response_headers())
+        await say(stream, response_body(sse(token(), "[DONE]"), end=True))
+        await stream.done_writing()
+        assert (await served.report()).outcome == "success"
+        assert served.in_flight.total == 0
+
+
+async def test_what_this_server_refuses_in_the_native_lane_it_reports_itself() -> None:
+    lane = NativeLane("auto")
+    async with service(lane=lane) as served:
+        stream = served.open()
+        await say(stream, request_headers(lua=1))
+        await say(stream, request_body(b'{"model":"unknown"}'))
+        assert await ended(stream)
+        assert (await served.report()).outcome == "refused"
+        assert lane.ended == 0
+
+
 # -- drain ---------------------------------------------------------------------------------------------------------
+
+
+async def test_exchanges_handed_over_are_given_back_in_the_last_step_alone() -> None:
+    """Their reports do not depend on it, their place in the counts does: so they are held as long as there is time."""
+    lane = NativeLane("auto")
+    async with service(lane=lane) as served:
+        stream = served.open()
+        await until_handed_over(stream)
+        await served.give_back(held_only=True)
+        await asyncio.sleep(0.05)
+        assert (served.processor.live, served.in_flight.total) == (1, 1)
+        await served.give_back(held_only=False)
+        assert await ended(stream)
+        assert await stream.code() is grpc.StatusCode.OK
+        await until(lambda: served.processor.live == 0)
+        assert (served.in_flight.total, lane.ended, served.told.reports) == (0, 1, [])
 
 
 async def test_streams_of_which_nothing_is_to_be_read_are_given_back() -> None:

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_named(section: dict[str, Any], wrong: str) -> None:
         {"server": {"debug_token": "short"}},
         {"routing": {"tries": 0}},
         {"engines": {"scrape_interval_ms": 1}},
-        {"responses": {"accounting": "native"}},
+        {"responses": {"accounting": "lua"}},
         {"envoy": {"fail_open": "maybe"}},
         {"server": None},
         {"server": []},

@@ -5,14 +5,25 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from envoy_extproc._proto import base_pb2, ext_proc_pb2, orca_pb2
 from envoy_extproc.endpoints import EngineStats
-from envoy_extproc.exchange.commands import PASS, BodyMode, Continue, LoadReport, Phase, Respond
+from envoy_extproc.exchange.commands import (
+    PASS,
+    SHOW_RESPONSE,
+    BodyMode,
+    Continue,
+    Handover,
+    LoadReport,
+    Phase,
+    Respond,
+)
 from envoy_extproc.exchange.events import (
     RequestBody,
     RequestHeaders,
@@ -21,6 +32,7 @@ from envoy_extproc.exchange.events import (
     ResponseHeaders,
     ResponseTrailers,
 )
+from envoy_extproc.exchange.native import LUA_VERSIONS
 from envoy_extproc.scheduling.interfaces import Candidate
 from envoy_extproc.server import wire
 from envoy_extproc.server.wire import decode, encode, header_value
@@ -135,6 +147,22 @@ def test_an_empty_list_allows_nobody() -> None:
     assert hinted(fill) == ()
 
 
+@pytest.mark.parametrize("version", [0, 1, 7])
+def test_the_version_that_the_script_announces(version: int) -> None:
+    message = request_headers((":path", b"/", ""))
+    message.metadata_context.filter_metadata[wire.LUA_METADATA].fields["v"].number_value = version
+    assert decoded_headers(message).lua == version
+
+
+def test_no_script() -> None:
+    message = request_headers((":path", b"/", ""))
+    assert decoded_headers(message).lua == 0
+    message.metadata_context.filter_metadata[HINT].SetInParent()
+    assert decoded_headers(message).lua == 0
+    message.metadata_context.filter_metadata[wire.LUA_METADATA].fields["v"].string_value = "1"
+    assert decoded_headers(message).lua == 0  # Lua's numbers are numbers
+
+
 def answered(**attributes: str | float) -> ResponseHeaders:
     message = Request()
     header = message.response_headers.headers.headers.add()
@@ -229,6 +257,73 @@ def test_the_destination_goes_into_metadata() -> None:
     assert wire.METADATA in message.dynamic_metadata.fields
 
 
+HANDOVER = Handover(
+    request_id="id-1",
+    policy="least-request",
+    pods=(("10.0.0.1:8000", "pod-1"), ("[::1]:8000", "pod two")),
+    read=True,
+    hide=True,
+    max_event_bytes=1000,
+    facts=b'{"request_id":"id-1"}',
+)
+
+
+def handed_over(**changes: Any) -> dict[str, object]:
+    """The metadata that the script and the log get."""
+    handover = msgspec.structs.replace(HANDOVER, **changes)
+    message = encode(Continue(phase=Phase.REQUEST_BODY, destination=("10.0.0.1:8000",), handover=handover))
+    assert set(message.dynamic_metadata.fields) == {"envoy.lb", wire.METADATA}
+    fields = message.dynamic_metadata.fields[wire.METADATA].struct_value.fields
+    return {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in fields.items()}
+
+
+def test_what_an_answer_left_to_envoy_is_handed_over_with() -> None:
+    assert handed_over() == {
+        "v": 1,
+        "native": 1,
+        "id": "id-1",
+        "policy": "least-request",
+        "pods": "10.0.0.1:8000 pod-1\n[::1]:8000 pod two",
+        "facts": '{"request_id":"id-1"}',
+        "read": True,
+        "hide": True,
+        "limit": 1000,
+    }
+
+
+def test_an_answer_that_nobody_is_to_read() -> None:
+    assert handed_over(read=False, hide=False).keys() == {"v", "native", "id", "policy", "pods", "facts"}
+    assert handed_over(hide=False)["hide"] is False
+
+
+def test_the_load_report_for_an_answer_left_to_envoy() -> None:
+    load = LoadReport("TEXT", Candidate(endpoint(1), 4, None))
+    assert handed_over(load_report=load)["load"] == wire.report_value(load)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "sent"),
+    [
+        ("a\nset-cookie: b", "aset-cookie: b"),
+        ("a\r\n\0b", "ab"),
+        ("é", "é"),
+        ("id\udcff", "id\ufffd"),
+        ("", ""),
+    ],
+)
+def test_the_id_of_an_answer_left_to_envoy_is_a_header_and_text(request_id: str, sent: str) -> None:
+    assert handed_over(request_id=request_id)["id"] == sent
+
+
+def test_the_newest_version_of_the_script_that_is_understood_is_asked_for() -> None:
+    assert handed_over()["native"] == max(LUA_VERSIONS)
+
+
+def test_without_a_handover_metadata_only_marks_that_a_request_came_by() -> None:
+    message = encode(Continue(phase=Phase.REQUEST_BODY, destination=("10.0.0.1:8000",)))
+    assert list(message.dynamic_metadata.fields[wire.METADATA].struct_value.fields) == ["v"]
+
+
 @pytest.mark.parametrize("clear", [True, False])
 def test_clear_route_cache(clear: bool) -> None:
     assert common(Continue(phase=Phase.REQUEST_BODY, clear_route_cache=clear)).clear_route_cache is clear
@@ -252,6 +347,25 @@ def test_mode_override(
     assert mode.response_header_mode == Mode.SEND
     # Left unset, request trailers come as Envoy is configured; behind a body that is not read they must not.
     assert mode.request_trailer_mode == (Mode.SKIP if request_body is BodyMode.NONE else Mode.DEFAULT)
+
+
+@pytest.mark.parametrize(("shown", "mode"), [(True, Mode.SEND), (False, Mode.SKIP)])
+def test_whether_the_headers_of_an_answer_come_is_said_with_the_request(shown: bool, mode: int) -> None:
+    reply = Continue(phase=Phase.REQUEST_HEADERS, request_body=BodyMode.NONE, response_headers=shown)
+    override = encode(reply).mode_override
+    assert (override.response_header_mode, override.request_body_mode) == (mode, Mode.NONE)
+    assert (override.response_body_mode, override.response_trailer_mode) == (Mode.NONE, Mode.SKIP)
+
+
+def test_an_answer_that_is_to_be_read_here_is_asked_for_with_the_first_reply() -> None:
+    message = encode(SHOW_RESPONSE)
+    assert message.WhichOneof("response") == "request_headers"
+    override = message.mode_override
+    assert override.response_header_mode == Mode.SEND
+    assert (override.request_body_mode, override.response_body_mode) == (Mode.BUFFERED, Mode.NONE)
+    assert override.request_trailer_mode == Mode.DEFAULT  # as configured: they may come without a body
+    same = Continue(phase=Phase.REQUEST_HEADERS, response_headers=True)
+    assert message.SerializeToString() == encode(same).SerializeToString()
 
 
 def test_an_immediate_response() -> None:
