@@ -16,7 +16,7 @@ demo: $(RUN) ## real Envoy, simulated engines, the server: sample traffic, shown
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/envoy-extproc demo $(if $(ONCE),--once)
 
 test: $(DEV) ## unit, property and end-to-end tests, with branch coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term
 
 lint: $(DEV) ## format, rules, types, layers, generated code
 	$(BIN)/ruff format --check .
@@ -30,8 +30,8 @@ format: $(DEV) ## formats the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(DEV) ## CPU per request and per token against plain Envoy, in one run
-	$(BIN)/python -m tests.bench
+bench: $(DEV) ## CPU per request and per token against plain Envoy, 6 minutes (QUICK=1: one; PUBLISH=1: into README)
+	$(BIN)/python -m tests.bench $(if $(QUICK),--quick) $(if $(PUBLISH),--publish)
 
 proto: $(DEV) ## compiles proto/ into envoy_extproc/_proto
 	$(BIN)/python proto/generate.py

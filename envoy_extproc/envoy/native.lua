@@ -134,6 +134,8 @@ end
 
 local TEXTS = { content = true, reasoning = true, reasoning_content = true, refusal = true }
 
+local CALL = 4 -- counts as the length of a piece of a call: one token's, for the JSON around it says nothing
+
 -- Notes the text, reasoning or call in a `delta` or `message`: found(length, first, last) for the one that counts.
 local function delta(s, first, last, found)
   if is_null(s, first, last) then return end
@@ -153,9 +155,9 @@ local function delta(s, first, last, found)
         found(b - a + 1)
       end
     elseif key == "tool_calls" and byte(s, a) == 91 then
-      if byte(s, space_end(s, a + 1)) ~= 93 then call, call_first, call_last = b - a - 1, a, b end
+      if byte(s, space_end(s, a + 1)) ~= 93 then call, call_first, call_last = CALL, a, b end
     elseif key == "function_call" and not is_null(s, a, b) then
-      call = call or b - a + 1
+      call = call or CALL
     end
   end)
   if not done and call then found(call, call_first, call_last) end
@@ -329,7 +331,7 @@ end
 local function new_reader(hide, limit)
   return {
     answer = new_answer(true), hide = hide, limit = limit, pending = "", scanned = 1, skipping = false, crs = false,
-    offset = nil, head = "", tail = "", around = 0, cut = 0, rest = "",
+    offset = nil, head = "", tail = "", around = 0, call = nil, cut = 0, rest = "",
   }
 end
 
@@ -344,6 +346,7 @@ local function learn(reader, event, data_at, body, cut, rest)
   reader.head = sub(event, reader.offset, opening)
   reader.tail = sub(event, closing)
   reader.around = opening + #reader.tail
+  reader.call = byte(event, closing) == 93 and CALL or nil
   reader.cut, reader.rest = cut, rest
 end
 
@@ -367,7 +370,7 @@ end
 local function shown_of(reader, event, at)
   local answer, size = reader.answer, #event
   if fits(reader, event, size) then
-    if size > reader.around then count(answer, 1, size - reader.around, at) end
+    if size > reader.around then count(answer, 1, reader.call or size - reader.around, at) end
     return reader.cut == 0 and event or sub(event, 1, size - reader.cut) .. reader.rest
   end
   local data, data_at = data_of(event)
@@ -499,7 +502,7 @@ local function read_stream(h, reader)
         local text = size - reader.around
         if text > 0 then
           answer.tokens = answer.tokens + 1
-          answer.text = answer.text + text
+          answer.text = answer.text + (reader.call or text)
           answer.last = h:timestamp() * 1000
         end
         shown = s

@@ -385,10 +385,9 @@ def _text_length(choice: _Choice) -> int | None:
     text = delta.content or delta.reasoning or delta.reasoning_content or delta.refusal
     if text:
         return len(text)
-    if delta.tool_calls:
-        return sum(len(bytes(call)) for call in delta.tool_calls)
-    call = bytes(delta.function_call)
-    return None if call == b"null" else len(call)
+    if delta.tool_calls or bytes(delta.function_call) != b"null":
+        return BYTES_PER_TOKEN  # a piece of a call is a token; how long its JSON is says nothing
+    return None
 
 
 def engine_error(error: object) -> EngineError:

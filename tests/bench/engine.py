@@ -24,7 +24,7 @@ import uvloop
 PODS = 8
 MODEL = "tiny"
 NULL_MODEL = "tiny-null"
-TICK = 0.004  # seconds from one token of a stream to the next
+TICK = 0.002  # seconds from one token of a stream to the next
 
 _MAX_TOKENS = re.compile(rb'"max_tokens":(\d+)')
 _NULL_NAMED = f'"model":"{NULL_MODEL}"'.encode()

@@ -7,7 +7,11 @@ import statistics
 import timeit
 from collections.abc import Callable, Iterator
 
+import msgspec
+
+from envoy_extproc._proto import access_log_pb2
 from envoy_extproc.endpoints import Endpoint, EngineState, EngineStats, Snapshot
+from envoy_extproc.exchange import native
 from envoy_extproc.exchange.events import (
     RequestBody,
     RequestHeaders,
@@ -16,11 +20,13 @@ from envoy_extproc.exchange.events import (
     Scheduled,
 )
 from envoy_extproc.exchange.exchange import Exchange, ExchangeSettings
+from envoy_extproc.exchange.native import Facts
+from envoy_extproc.exchange.report import routing_of
 from envoy_extproc.headers import Headers
 from envoy_extproc.openai import request, routes
 from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
-from envoy_extproc.server import wire
+from envoy_extproc.server import access_log, wire
 from envoy_extproc.server.director import Director, RoutingRules
 from tests.bench.client import Load, body
 from tests.bench.engine import MODEL, token
@@ -28,6 +34,10 @@ from tests.bench.engine import MODEL, token
 _REPEATS = 5
 _SECONDS = 0.15  # of one repeat
 
+_NOTES = (
+    '{"streamed":true,"ended":true,"done":true,"tokens":80,"text":400,"delivered":16000,"first":1795250656000000,'
+    '"last":1795250657000000,"removed":1,"oversized":0,"unreadable":0,"unread":"","failure":false}'
+)
 _STREAM = body(Load(kind="closed-loop", tokens=128))
 _PLAIN = token(" Option")
 _NULL_USAGE = token(" Option", ',"usage":null')
@@ -39,6 +49,7 @@ def figures() -> Iterator[tuple[str, float]]:
         yield f"core + SSE, {name}", _core(event)
         yield f"wire decode + encode, {name}", _wire(event, whole=False)
         yield f"those with parse and serialise, {name}", _wire(event, whole=True)
+    yield "native lane, access-log entry to report", _entry()
     yield "request body of 2 KB, decode + rewrite", _rewrite()
     for count in (8, 100):
         yield f"Director.schedule, {count} endpoints", _schedule(count)
@@ -107,6 +118,40 @@ def _wire(data: bytes, *, whole: bool) -> float:
         return wire.encode(reply).SerializeToString()  # type: ignore[arg-type]
 
     return microseconds(all_of_it if whole else alone)
+
+
+def _entry() -> float:
+    """All that an answer of the native lane costs when it is over, gRPC, the log line and metrics apart."""
+    director = _director(8)
+    decision = director.schedule(SchedulingRequest(model=MODEL), 0.0)
+    known = Facts(
+        request_id="id",
+        path="/v1/chat/completions",
+        routing=routing_of(decision),
+        operation="chat",
+        model=MODEL,
+        stream=True,
+        read=True,
+    )
+    written = access_log_pb2.HTTPAccessLogEntry()
+    common, response = written.common_properties, written.response
+    response.response_code.value, response.response_code_details = 200, wire.VIA_UPSTREAM
+    address = common.upstream_remote_address.socket_address
+    host, _, port = decision.order[0].address.rpartition(":")
+    address.address, address.port_value = host, int(port)
+    ours = common.metadata.filter_metadata[wire.METADATA].fields
+    ours["facts"].string_value = msgspec.json.encode(known).decode()
+    told = common.metadata.filter_metadata[wire.LUA_METADATA].fields
+    told["answer"].string_value = _NOTES
+    told["usage"].string_value = '{"prompt_tokens":512,"total_tokens":592,"completion_tokens":80}'
+    received = written.SerializeToString()
+
+    def read() -> None:
+        entry = access_log_pb2.HTTPAccessLogEntry.FromString(received)
+        facts = entry.common_properties.metadata.filter_metadata[wire.METADATA].fields["facts"]
+        native.report(access_log.decode(entry, facts.string_value), director.lookup)
+
+    return microseconds(read)
 
 
 def _rewrite() -> float:

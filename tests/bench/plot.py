@@ -42,7 +42,7 @@ def _step(highest: float) -> float:
 
 
 def _legend() -> Iterator[str]:
-    yield _text(_LEFT, 20, "CPU time per streamed token (us)", weight=600, anchor="start")
+    yield _text(_LEFT, 20, "CPU time per streamed token, microseconds", weight=600, anchor="start")
     for x, colour, name in ((_LEFT, _ENVOY, "Envoy"), (_LEFT + 84, _SERVER, "ext_proc server")):
         yield f'<rect x="{x}" y="32" width="12" height="12" rx="2" fill="{colour}"/>'
         yield _text(x + 18, 43, name, anchor="start")
@@ -58,7 +58,7 @@ def _axis(step: float, highest: float, scale: float) -> Iterator[str]:
         )
         yield _text(_LEFT - 8, y + 4, f"{number * step:g}", anchor="end")
     middle = (_HEIGHT - _BOTTOM + _TOP) / 2
-    yield f'<g transform="translate(16 {middle:.0f}) rotate(-90)">{_text(0, 0, "us per token")}</g>'
+    yield f'<g transform="translate(16 {middle:.0f}) rotate(-90)">{_text(0, 0, "microseconds per token")}</g>'
 
 
 def _group(name: str, bars: Sequence[Bar], left: float, room: float, scale: float) -> Iterator[str]:

@@ -11,9 +11,10 @@ from rich import box
 from rich.table import Table
 
 from tests.bench.cases import JSON, LONG, PROMPT, SHORT, Case, Kind, Measured, messages_per_event
-from tests.bench.targets import NATIVE, PLAIN, STREAM
+from tests.bench.targets import NATIVE, NONE, PLAIN, STREAM
 
 _KIB = 1024
+_DRAWN = (PLAIN, NATIVE, STREAM, NONE)
 _Part = Literal["server", "ratio", "added"]
 
 
@@ -192,7 +193,7 @@ def books(measured: Measured) -> Table:
 def notes(measured: Measured) -> Iterator[str]:
     """What has to be known to believe the table."""
     yield (
-        "CPU is of whole processes, user and kernel, and what they use without load is subtracted: it has its own rows. "
+        "CPU is of whole processes, user and kernel, less what they use without load, which has its own rows. "
         "Figures are medians over the rounds, all / plain is the median of the rounds' own ratios, spread its "
         "interquartile range. server: all server processes together. Latency stands under Envoy, what is added under all / plain."
     )
@@ -232,7 +233,7 @@ def bars(measured: Measured, kinds: tuple[Kind, ...]) -> list[tuple[str, list[tu
                 case.median(variant, lambda cost: cost.envoy) * 1e6,
                 case.median(variant, lambda cost: cost.server) * 1e6,
             )
-            for variant in (PLAIN, *(variant for variant in case.rounds if variant in kind.variants[:3]))
+            for variant in _DRAWN
         ]
         groups.append((kind.name, each))
     return groups

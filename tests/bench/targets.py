@@ -85,14 +85,12 @@ class Target:
 
     Attributes:
         sent: whole answers the client had by it.
-        idle: CPU seconds a second without load; measured once, before any load.
     """
 
     def __init__(self, variant: str, port: int, envoy: Process, stack: Stack | None = None) -> None:
         self.variant = variant
         self.port = port
         self.sent = 0
-        self.idle = Cost()
         self._envoy = envoy
         self._stack = stack
 
