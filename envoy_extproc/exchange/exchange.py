@@ -305,10 +305,11 @@ class Exchange:
     def _routed_headers(self, decision: Decision, body: bytes | None) -> tuple[tuple[str, str], ...]:
         model = self.record.model
         headers = [
-            ("x-request-id", self.record.request_id),
             (control.DESTINATION, ",".join([endpoint.address for endpoint in decision.order])),
             (control.TARGET_POD, decision.order[0].address),
         ]
+        if self._headers.get("x-request-id") != self.record.request_id:
+            headers.append(("x-request-id", self.record.request_id))
         if model is not None:
             headers += [("model", model), ("x-gateway-model-name", model)]
         if self._route is not None and self._settings.accounting:

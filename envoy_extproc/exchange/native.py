@@ -115,7 +115,6 @@ Malformed = msgspec.DecodeError
 
 _FACTS = msgspec.json.Decoder(Facts)
 _NOTES = msgspec.json.Decoder(Notes)
-_NO_NOTES = Notes()
 
 
 def report(entry: Entry, lookup: Callable[[str], Endpoint | None]) -> Report:

@@ -88,7 +88,16 @@ def sanitise(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict
     Bytes of a header that are not UTF-8 become lone surrogates in a `str`, which neither JSON nor a stream can encode. A
     line that cannot be written would be lost, and with it the defect it tells of.
     """
-    return {_sanitised(name): _plain(value) for name, value in line.items()}
+    for name, value in line.items():
+        if isinstance(value, str):
+            if not value.isascii():
+                line[name] = _sanitised(value)
+        elif isinstance(value, _CONTAINERS):
+            line[name] = _plain(value)
+    return line
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 def _plain(value: Any) -> Any:
