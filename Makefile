@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 RUN := $(VENV)/.run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench proto docs clean
+.PHONY: help demo test lint format fuzz bench proto docs clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ lint: $(DEV) ## format, rules, types, layers, generated code
 format: $(DEV) ## formats the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: $(DEV) ## hostile input for every parser, a minute each (SECONDS=600 TARGET=sse: one of them for so long)
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(if $(TARGET),--target $(TARGET)) $(if $(FOLDER),--folder $(FOLDER))
 
 bench: $(DEV) ## CPU per request and per token against plain Envoy, 6 minutes (QUICK=1: one; PUBLISH=1: into README)
 	$(BIN)/python -m tests.bench $(if $(QUICK),--quick) $(if $(PUBLISH),--publish)

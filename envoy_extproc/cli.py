@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 import structlog
@@ -17,16 +17,17 @@ import typer
 from rich.console import Console
 
 from envoy_extproc import __version__
+from envoy_extproc import explain as explaining
 from envoy_extproc.demo_tables import DemoTables
 from envoy_extproc.discovery.parse import EndpointError
 from envoy_extproc.discovery.static import load as load_endpoint_file
 from envoy_extproc.endpoints import Endpoint
-from envoy_extproc.engines.dialects import DIALECTS
+from envoy_extproc.engines.dialects import dialects
 from envoy_extproc.envoy.bootstrap import BootstrapOptions, bootstrap
 from envoy_extproc.envoy.eds import EndpointsFile
 from envoy_extproc.scheduling.registry import POLICIES
 from envoy_extproc.server.app import App, static_endpoints
-from envoy_extproc.settings import Settings, SettingsError
+from envoy_extproc.settings import ENV_PREFIX, Settings, SettingsError
 from envoy_extproc.settings import load as load_settings
 from envoy_extproc.simulation.demo import run as run_demo
 from envoy_extproc.simulation.engine import run_engine
@@ -44,6 +45,8 @@ config = typer.Typer(
     no_args_is_help=True, help="Checks a configuration, or prints the Envoy bootstrap for it."
 )
 cli.add_typer(config, name="config")
+
+T = TypeVar("T")
 
 ConfigFile = Annotated[
     Path, typer.Option("-c", "--config", metavar="FILE", help="The configuration, in YAML.")
@@ -68,7 +71,7 @@ def serve(config_file: ConfigFile) -> None:
     _log_as_json()
     try:
         _run(_serve(settings))
-    except* (EndpointError, OSError) as group:
+    except* (EndpointError, SettingsError, OSError) as group:
         _fail("\n".join(str(error) for error in group.exceptions))
 
 
@@ -130,6 +133,53 @@ async def _demo(directory: Path, engines: tuple[str, ...], *, once: bool) -> Non
         await run_demo(DemoTables(Console(), once=once), directory, engines=engines, stop=stop)
     except asyncio.CancelledError:
         typer.echo("\nstopped")
+
+
+@cli.command()
+def explain(
+    config_file: Annotated[
+        Path | None,
+        typer.Option("-c", "--config", metavar="FILE", help="Decide here, by this configuration."),
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="Let a running server decide: its admin port.")
+    ] = None,
+    body: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The request's body; - is standard input.")
+    ] = None,
+    path: Annotated[str, typer.Option(help="The request's path.")] = "/v1/chat/completions",
+    header: Annotated[list[str] | None, typer.Option(metavar="'NAME: VALUE'", help="Repeatable.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar=f"{ENV_PREFIX}SERVER__DEBUG_TOKEN", help="For a server elsewhere.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The explanation in JSON.")] = False,
+) -> None:
+    """Says where a request would go, and why: each endpoint, each score. Exits 1 if it would be refused."""
+    if (config_file is None) == (server is None):
+        _fail("give either --config or --server")
+    try:
+        asked = explaining.question(path, header or (), _read(body))
+        settled = None if config_file is None else _settings(config_file)
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+        asking = (
+            explaining.there(server or "", asked, token)
+            if settled is None
+            else explaining.here(settled, asked)
+        )
+        answer = _run(asking)
+    except (EndpointError, explaining.ServerError, OSError, ValueError) as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(msgspec.json.format(answer.body, indent=2))
+    else:
+        explaining.show(answer, Console())
+    raise typer.Exit(0 if answer.explanation is not None else 1)
+
+
+def _read(path: Path | None) -> bytes:
+    if path is None:
+        return b""
+    return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
 
 
 @config.command("check")
@@ -198,9 +248,9 @@ async def _engine(options: EngineOptions) -> None:
         return
 
 
-def _run(main_coroutine: Coroutine[Any, Any, None]) -> None:
+def _run(main_coroutine: Coroutine[Any, Any, T]) -> T:
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(main_coroutine)
+        return runner.run(main_coroutine)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -222,9 +272,10 @@ def _endpoints(settings: Settings) -> tuple[Endpoint, ...]:
     source = settings.discovery.static
     try:
         if source is not None and source.file is not None:
-            return load_endpoint_file(source.file, engines=DIALECTS.keys()).endpoints
+            engines = dialects(settings.engines.dialects).keys()
+            return load_endpoint_file(source.file, engines=engines).endpoints
         return static_endpoints(settings)
-    except EndpointError as error:
+    except (EndpointError, SettingsError) as error:
         _fail(str(error))
 
 

@@ -19,6 +19,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         models: the names of the models it serves, LoRA adapters included.
         engine: the dialect its metrics are in, a key of ``engines.dialects``.
         labels: the pod's labels, for selectors.
+        metrics_port: where its metrics page is served; None where the dialect knows.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...]
     engine: str = "vllm"
     labels: Mapping[str, str] = _NOTHING
+    metrics_port: int | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,8 +40,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         kv_cache_usage: share of KV-cache blocks in use, 0 to 1.
         prefix_cache_hit_rate: hits / queries over the engine's life, 0 to 1.
         generation_tokens_per_second: tokens generated per second between the last two scrapes.
+        prompt_tokens_per_second: prompt tokens processed per second between the last two scrapes.
         requests_per_second: requests finished per second between the last two scrapes.
         mem_utilization: share of accelerator memory in use, 0 to 1.
+        utilization: the engine's own word for how busy it is, 0 to 1.
+        queue_seconds: how long a request waits in the engine's queue, the mean over the requests finished lately.
+        prefill_seconds: how long its prompt takes, likewise.
+        decode_seconds: how long its answer takes from the first token on, likewise.
+        time_to_first_token: seconds from the request to its first token, likewise.
+        time_per_output_token: seconds between two tokens, likewise.
+        prompt_tokens_per_request: how long prompts are, likewise.
+        generation_tokens_per_request: how long answers are, likewise.
+        loras: adapters with requests in the running batch.
+        waiting_loras: adapters with requests in the queue.
+        max_loras: how many adapters can be in one batch.
     """
 
     at: float
@@ -48,8 +62,34 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_usage: float | None = None
     prefix_cache_hit_rate: float | None = None
     generation_tokens_per_second: float | None = None
+    prompt_tokens_per_second: float | None = None
     requests_per_second: float | None = None
     mem_utilization: float | None = None
+    utilization: float | None = None
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
+    decode_seconds: float | None = None
+    time_to_first_token: float | None = None
+    time_per_output_token: float | None = None
+    prompt_tokens_per_request: float | None = None
+    generation_tokens_per_request: float | None = None
+    loras: frozenset[str] | None = None
+    waiting_loras: frozenset[str] | None = None
+    max_loras: int | None = None
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as an engine lists it under ``/v1/models``.
+
+    Attributes:
+        id: its name.
+        parent: the base model of a LoRA adapter; None for a model of its own.
+        entry: the element of the list as the engine wrote it, JSON.
+    """
+
+    id: str
+    parent: str | None = None
+    entry: bytes = b"{}"
 
 
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,12 +100,17 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
         failures: scrapes that failed in a row since then.
         error: why the last scrape failed, None when it did not.
         reachable: False while connections to the endpoint are refused or time out.
+        interval: seconds from the last good scrape to the one meant to follow it; what is older than a few of these
+            is old.
+        served: the models it lists; None until it has been asked, or where it has no such list.
     """
 
     stats: EngineStats | None = None
     failures: int = 0
     error: str | None = None
     reachable: bool = True
+    interval: float = 0.0
+    served: tuple[ServedModel, ...] | None = None
 
 
 class Snapshot:

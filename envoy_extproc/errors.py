@@ -4,6 +4,7 @@
     +-- BadRequest 400            the request cannot be understood
     |   +-- UnknownStrategy 400   `routing-strategy` names no policy
     |   +-- BadPin 400            `target-pod-ip` names no ready endpoint of the model, or pinning is off
+    |   +-- BadSelector 400       `external-filter` is no label selector
     +-- ModelNotFound 404
     +-- PayloadTooLarge 413
     +-- NoReadyEndpoint 503       the model is known, but nobody can serve it now
@@ -67,6 +68,13 @@ class BadPin(BadRequest):
     """The header `target-pod-ip` asks for an endpoint the request may not have."""
 
     detail = "pin_refused"
+    header = ("x-error-routing", "true")
+
+
+class BadSelector(BadRequest):
+    """The header `external-filter` is no label selector."""
+
+    detail = "bad_external_filter"
     header = ("x-error-routing", "true")
 
 

@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableVariable
 
+from envoy_extproc import mixes
+
 ENV_PREFIX = "ENVOY_EXTPROC_"
 
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
@@ -97,17 +99,45 @@ class Discovery(_Section):
         return self
 
 
+class Breaker(_Section):
+    """When a pod that fails is left alone, as the answers to requests themselves tell."""
+
+    enabled: bool = True
+    """A pod can fail every request and look healthy: vLLM that is told to stop answers 500, and `/health` 200."""
+    consecutive_errors: int = Field(default=3, ge=1, le=1000)
+    """One error can be the request's own doing, two a coincidence; a pod that fails everything is known after three.
+    A connection refused or broken before an answer is nobody else's doing and needs no second one."""
+    silent_seconds: float = Field(default=5, gt=0, le=86_400)
+    """Clients that leave earlier have changed their mind; a pod that gave no answer to anybody for so long hangs, or its
+    queue is such that others are better. Less than clients wait, or nothing is learnt of it."""
+    first_seconds: float = Field(default=1, gt=0, le=86_400)
+    """A moment of overload is over by then, and a probe a second costs little."""
+    longest_seconds: float = Field(default=30, gt=0, le=86_400)
+    """A pod that stays broken costs two requests a minute, and one that is well again waits half a minute at most."""
+
+    @model_validator(mode="after")
+    def _longest_is_no_less(self) -> Self:
+        if self.longest_seconds < self.first_seconds:
+            raise ValueError("longest_seconds must not be less than first_seconds")
+        return self
+
+
 class Routing(_Section):
     """How an endpoint is chosen."""
 
     policy: str = "least-request"
-    """Needs no data but our own, and no workload is bad for it."""
+    """Needs no data but our own, and no workload is bad for it. Several with weights decide together:
+    `least-kv-cache:2,least-request:1`."""
+    allow_strategy_header: bool = True
+    """A client knows best what its request is like. false: `routing-strategy` is not looked at, where tenants are not
+    to choose for each other."""
     tries: int = Field(default=3, ge=1, le=10)
     """Endpoints named to Envoy, the first choice and fallbacks for retries: two dead pods lose no request."""
     allow_pinning: bool = False
     """`target-pod-ip` lets clients choose, so it must be wanted."""
     clear_route_cache: bool = False
     """Let Envoy choose its route again by the `model` header: for one route per model; one route for all needs none."""
+    breaker: Breaker = Breaker()
 
 
 class Engines(_Section):
@@ -115,12 +145,21 @@ class Engines(_Section):
 
     scrape_interval_ms: int = Field(default=200, ge=20, le=60_000)
     """A decision is then at most this much behind the engine; a tenth of a long prefill."""
+    idle_interval_ms: int = Field(default=2000, ge=20, le=60_000)
+    """What the interval grows to for an engine without work, which has nothing new to say, and for one that is out of
+    reach: 100 idle pods then cost 4 % of a core, and one that is back is seen within 2 seconds."""
+    models_interval_ms: int = Field(default=30_000, ge=100, le=3_600_000)
+    """For the list of models an engine serves. Adapters are loaded by people and operators, so half a minute late is
+    early; a pod that comes back is asked at once."""
     scrape_timeout_ms: int = Field(default=1000, ge=20, le=60_000)
     """An engine busy with a long prefill can take hundreds of milliseconds to answer."""
     max_stats_age_ms: int = Field(default=2000, ge=20, le=600_000)
     """Ten missed scrapes; older numbers say nothing about now."""
     max_scrape_bytes: int = Field(default=4_194_304, ge=4096)
     """vLLM's page is 60 KB; a page of this size is no metrics page."""
+    dialects: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    """Engines of other names, or other metrics for a known one: {my-engine: {base: vllm, waiting: "my:queue"}};
+    `engines.dialects` checks each. docs/engines.md has the fields and the notation."""
 
 
 class Responses(_Section):
@@ -134,6 +173,9 @@ class Responses(_Section):
     """In the native lane the stream to Envoy stays open to the end of the request, which frees its place in the counts at
     once. false: it ends with the decision, so that a client outlives a server that is killed though Envoy fails closed;
     its place is then freed by the access-log entry, 0.1 s late, and that must reach this server: no `envoy.servers`."""
+    load_report: Literal["TEXT", "JSON", "BIN"] | None = None
+    """An ORCA report of the pod on every answer, in this form, for an Envoy in front that cannot ask for one by
+    `endpoint-load-metrics-format`; what a client asks for goes first. null: it tells of pods, so only whoever asks gets it."""
     max_event_bytes: int = Field(default=1_048_576, ge=1024)
     """An event with log-probabilities or an image is tens of KB."""
     max_json_bytes: int = Field(default=16_777_216, ge=1024)
@@ -181,7 +223,15 @@ class Model(_Section):
     """What is different for one model, under its name."""
 
     policy: str | None = None
-    """Instead of `routing.policy`; a client's `routing-strategy` still wins."""
+    """Instead of `routing.policy`; a client's `routing-strategy` still wins, unless `locked`."""
+    locked: bool = False
+    """true: `policy` decides, whatever clients ask for by `routing-strategy`."""
+
+    @model_validator(mode="after")
+    def _locked_to_a_policy(self) -> Self:
+        if self.locked and self.policy is None:
+            raise ValueError("locked: true needs a policy")
+        return self
 
 
 class Settings(BaseSettings):
@@ -289,14 +339,18 @@ def _sentences(source: str, error: ValidationError) -> list[str]:
 def _check_policies(settings: Settings, policies: tuple[str, ...], source: str) -> None:
     named = {"routing.policy": settings.routing.policy}
     named |= {
-        f"models.{name}.policy": model.policy for name, model in settings.models.items() if model.policy
+        f"models.{name}.policy": model.policy
+        for name, model in settings.models.items()
+        if model.policy is not None
     }
-    wrong = [(key, name) for key, name in named.items() if name not in policies]
+    wrong = []
+    for key, policy in named.items():
+        try:
+            mixes.parse(policy, policies)
+        except mixes.MixError as error:
+            wrong.append(f"{source}: {key}: {error}")
     if wrong:
-        known = ", ".join(policies)
-        raise SettingsError(
-            "\n".join(f"{source}: {key}: no policy {name!r}; there are {known}" for key, name in wrong)
-        )
+        raise SettingsError("\n".join(wrong))
 
 
 def _check_environment(environment: Mapping[str, str]) -> None:

@@ -4,7 +4,8 @@ A list is either bare or under the only key ``endpoints``; an item is
 
     {name: pod-a, address: "10.0.0.1:8000", models: [llama-3-8b], engine: vllm, labels: {gpu: a10}}
 
-of which `address` and `models` are required; a name defaults to the address, the engine to vLLM.
+of which `address` and `models` are required; a name defaults to the address, the engine to vLLM. `metrics_port` is
+for an engine whose metrics page is on another port than its dialect says.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Path = tuple[str | int, ...]
 """Where something stands in the data: keys and indices from the top."""
 
 _DEFAULT_ENGINE = "vllm"  # the engine this server knows best, and Endpoint's own default
-_KEYS = ("address", "engine", "labels", "models", "name")
+_KEYS = ("address", "engine", "labels", "metrics_port", "models", "name")
 _CONTROL = frozenset({"Cc", "Cs"})  # control characters, and surrogates, which no header can carry
 
 _host_and_port = re.compile(r"(?:\[([^\]]*)\]|([^:\[\]]*)):([0-9]{1,5})")
@@ -89,6 +90,7 @@ def _endpoint(item: Any, path: Path, engines: Collection[str]) -> Endpoint:
         models=_models(_required(item, "models", path), (*path, "models")),
         engine=_engine(item.get("engine", _DEFAULT_ENGINE), (*path, "engine"), engines),
         labels=_optional(item, "labels", path, _labels, MappingProxyType({})),
+        metrics_port=_optional(item, "metrics_port", path, _port, None),
     )
 
 
@@ -159,6 +161,12 @@ def _engine(value: Any, path: Path, engines: Collection[str]) -> str:
     if engine not in engines:
         raise EndpointError(f"{engine!r} is not known; known are {', '.join(sorted(engines))}", path)
     return engine
+
+
+def _port(value: Any, path: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65535:
+        raise EndpointError(f"must be a port from 1 to 65535, not {value!r}", path)
+    return value
 
 
 def _labels(value: Any, path: Path) -> Mapping[str, str]:

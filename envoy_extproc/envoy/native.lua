@@ -10,13 +10,17 @@
 --   * with `hide`, what only the server's asking for usage made the engine write is taken out: the usage event, and
 --     `"usage":null` in the others. Every other byte is delivered as it came, whatever it is.
 --
--- What is usage is decided by place: the event's own top-level member, never a look-alike deeper inside.
+-- What is usage is decided by place: the event's own top-level member, never a look-alike deeper inside. Which path was
+-- called is not asked: an event with `choices` is chat's, completions' or a transcription's, and every other format names
+-- its events in a `type` at their top; `TYPES` is the table of those that count. `openai/events.py` is the same in Python,
+-- for the stream lane, and the two must say the same of every byte.
 --
 -- Theory of speed. Engines write one event for each token, and every event of a stream has the same head and the same
 -- tail around its text. So once a token has been found by walking the JSON, the next one is expected between the same
--- bytes at the same places: `string.find` there is a memcmp. Only events that do not fit are walked. Code after a loop over `bodyChunks` does not run if the client leaves or the pod
--- resets, so what must outlive that is noted at the 1st, 2nd, 4th, 8th ... token; the access log's count of bytes
--- delivered tells the rest.
+-- bytes at the same places: `string.find` there is a memcmp. The responses API numbers its events: there the tail is two,
+-- before and behind a run of digits. Only events that do not fit are walked. Code after a loop over `bodyChunks` does not
+-- run if the client leaves or the pod resets, so what must outlive that is noted at the 1st, 2nd, 4th, 8th ... token; the
+-- access log's count of bytes delivered tells the rest.
 --
 -- Every wrapper object dies at a yield: `h:streamInfo():dynamicMetadata()` is fetched anew each time. All state is local
 -- to one answer. An error in here ends reading, not the answer.
@@ -24,13 +28,14 @@
 local VERSION = 1
 local ASKED, TOLD = "envoy_extproc", "envoy_extproc_lua"
 local SERVED = "x-envoy-extproc-served"
+local MAX_LOAD = 8192 -- characters of an engine's ORCA report
 local MAX_NOTE = 4096 -- bytes of a usage object or an error that go into metadata
 local SMALL_JSON = 16384 -- a JSON answer up to here is walked if no usage is found in it
 local OVERLAP = 7 -- bytes kept of a chunk: the six of `"usage"` that may be there already, and the one before them
 local KEEP = 3 -- bytes at the end of a piece that may be the start of an empty line: CR LF CR
 
 local byte, find, format, gsub, sub = string.byte, string.find, string.format, string.gsub, string.sub
-local concat = table.concat
+local concat, unpack = table.concat, unpack
 
 -- JSON: positions of values, never values ------------------------------------------------------------------------------
 
@@ -186,15 +191,133 @@ local function choice(s, first, last)
   return length, from, to
 end
 
+-- Length of a string that stands from first to last, and the place again; nil for an empty one, or none at all.
+local function string_at(s, first, last)
+  if byte(s, first) ~= 34 or last <= first + 1 then return nil end
+  return string_length(s, first, last), first, last
+end
+
+local PARTS = { text = 1, thinking = 2, refusal = 3 } -- which counts before which
+local CALLS = { partial_json = true, arguments = true, input = true }
+
+-- Likewise of a part of a message or a response, or of what a message's block grows by; and whether it is of a call.
+local function part(s, first)
+  local rank, from, to, call_first, call_last
+  each_member(s, first, function(key, a, b)
+    local this = PARTS[key]
+    if this then
+      if byte(s, a) == 34 and b > a + 1 and not (rank and rank < this) then rank, from, to = this, a, b end
+    elseif CALLS[key] and not is_null(s, a, b) and sub(s, a, b) ~= '""' then
+      call_first, call_last = a, b
+    end
+  end)
+  if from then return string_length(s, from, to), from, to end
+  if call_first then return CALL, call_first, call_last, true end
+end
+
+-- What an event is read as, by its type; every other type that ends in ".delta" is a delta, of which the responses API has
+-- many.
+--   delta: a piece of text under `delta`, or of sound under `audio`      block: a piece of a message's block, under `delta`
+--   start: a message's start, with the first half of its usage          usage: usage at the top, and nothing else
+--   picture: one that is to become better: no token, but first and last  ends: a stream's end
+--   response, failure: likewise, with the whole response
+local TYPES = {
+  message_start = "start", content_block_delta = "block", message_delta = "usage", message_stop = "ends",
+  ["response.completed"] = "response", ["response.incomplete"] = "response", ["response.failed"] = "failure",
+  ["transcript.text.done"] = "ends", ["speech.audio.done"] = "ends",
+  ["image_generation.partial_image"] = "picture", ["image_generation.completed"] = "ends",
+  ["image_edit.partial_image"] = "picture", ["image_edit.completed"] = "ends",
+}
+
+-- Members whose places are kept until the type is known, which may stand behind them.
+local KEPT = {
+  type = true, delta = true, audio = true, message = true, response = true, text = true, content = true, output = true,
+}
+
+local function found(body, length, from, to, call)
+  if not length then return end
+  body.tokens, body.text = body.tokens + 1, body.text + length
+  body.from, body.to, body.call = from, to, call
+end
+
+-- Places of the members `usage`, if it is an object, and `error`, if it is not null, of the object at i.
+local function told_in(s, i)
+  local usage_first, usage_last, error_first, error_last
+  each_member(s, i, function(key, a, b)
+    if key == "usage" then
+      usage_first, usage_last = byte(s, a) == 123 and a or nil, b
+    elseif key == "error" then
+      error_first, error_last = not is_null(s, a, b) and a or nil, b
+    end
+  end)
+  return usage_first, usage_last, error_first, error_last
+end
+
+local function typed_delta(s, body, kind)
+  local a, b = unpack(body[kind == "speech.audio.delta" and "audio" or "delta"] or {})
+  if not a then return end
+  local length, from, to = string_at(s, a, b)
+  local one = length and (find(kind, "_call", 1, true) or find(kind, "audio.delta", -11, true)) ~= nil
+  found(body, one and CALL or length, from, to, one)
+end
+
+-- What an event that is named by its type says beyond choices, usage and error at its top.
+local function typed(s, body)
+  local a, b = body.type[1], body.type[2]
+  local kind = byte(s, a) == 34 and sub(s, a + 1, b - 1) or ""
+  body.as = TYPES[kind] or find(kind, ".delta", -6, true) and "delta" or nil
+  if kind == "error" then body.error = true end
+  if body.as == "delta" then
+    typed_delta(s, body, kind)
+  elseif body.as == "block" then
+    if body.delta then found(body, part(s, body.delta[1])) end
+  elseif body.as == "start" then
+    if body.message then body.half_first, body.half_last = told_in(s, body.message[1]) end
+  elseif body.as == "ends" then
+    body.done = true
+  elseif body.as == "response" or body.as == "failure" then
+    body.done = true
+    local usage_first, usage_last, error_first, error_last
+    if body.response then usage_first, usage_last, error_first, error_last = told_in(s, body.response[1]) end
+    if usage_first then body.usage, body.usage_first, body.usage_last = "object", usage_first, usage_last end
+    if body.as == "failure" then
+      body.error, body.error_first, body.error_last, body.failed = true, error_first, error_last, true
+    end
+  end
+end
+
+-- Text of a JSON answer without choices: a transcription's, a message's, a response's.
+local function document(s, body)
+  if body.text_at then found(body, string_at(s, body.text_at[1], body.text_at[2])) end
+  local function parts(first)
+    if byte(s, first) ~= 91 then return end
+    each_element(s, first, function(a) found(body, part(s, a)) end)
+  end
+  if body.content then parts(body.content[1]) end
+  if not body.output then return end
+  parts(body.output[1])
+  if byte(s, body.output[1]) ~= 91 then return end
+  each_element(s, body.output[1], function(item)
+    local first
+    each_member(s, item, function(key, a) if key == "content" then first = a end end)
+    if first then parts(first) end
+  end)
+end
+
 -- The members that count of the JSON text s: a table, or nil if it is no object.
---   tokens, text: choices that bring something, and how long it is; from, to: where it stands, if it is one alone
+--   tokens, text: pieces that it brings, and how long they are; from, to: where it stands, if it is one alone; call:
+--   whether that one is of a call, in an event with a type
 --   choices: whether there is one; usage_first, usage_last, usage_start: the member; usage: "null" or "object"
---   error: whether it tells of one
+--   half_first, half_last: a message's first half of it
+--   error: whether it tells of one; error_first, error_last: the member, if it is one
+--   as: what an event with a type is read as; done: whether it ends a stream
 local function walk(s)
   local body = { tokens = 0, text = 0, choices = false, error = false }
   local odd = false
   local behind = each_member(s, space_end(s, 1), function(key, first, last, start)
-    if key == "choices" then
+    if KEPT[key] then
+      body[key == "text" and "text_at" or key] = { first, last }
+    elseif key == "choices" then
       body.choices, body.tokens, body.text, body.from = false, 0, 0, nil
       if is_null(s, first, last) then return end
       if byte(s, first) ~= 91 then odd = true return end
@@ -211,12 +334,14 @@ local function walk(s)
       body.usage = is_null(s, first, last) and "null" or byte(s, first) == 123 and "object" or nil
     elseif key == "error" then
       body.error = not is_null(s, first, last)
+      body.error_first, body.error_last = body.error and first or nil, last
     elseif key == "object" then
       body.object = sub(s, first, last)
     end
   end)
   if not behind or odd or space_end(s, behind) <= #s then return nil end
   if body.object == '"error"' then body.error = true end
+  if body.type then typed(s, body) end
   return body
 end
 
@@ -314,24 +439,55 @@ local function note(h, answer)
     answer.unreadable, answer.unread or "", answer.failure and "true" or "false"))
   if not answer.fresh then return end
   answer.fresh = false
-  if answer.usage then metadata:set(TOLD, "usage", plain(answer.usage)) end
+  local usage = answer.usage or answer.begun and "[" .. answer.begun .. "]"
+  if usage then metadata:set(TOLD, "usage", plain(usage)) end
   if answer.error then metadata:set(TOLD, "error", plain(answer.error)) end
 end
 
-local function remember(answer, body, s)
-  if body.usage == "object" and body.usage_last - body.usage_first < MAX_NOTE then
-    answer.usage, answer.fresh = sub(s, body.usage_first, body.usage_last), true
+-- Whether a usage object holds tokens; a transcription's may hold seconds.
+local function holds_tokens(usage)
+  if not find(usage, '"duration"', 1, true) then return true end
+  local tokens = true
+  each_member(usage, 1, function(key, a, b)
+    if key == "type" then tokens = sub(usage, a, b) ~= '"duration"' end
+  end)
+  return tokens
+end
+
+-- Usage is noted as the engine wrote it; of a message that told a first half, as an array of both.
+local function remember_usage(answer, usage)
+  if #usage > MAX_NOTE or not holds_tokens(usage) then return end
+  answer.usage, answer.fresh = answer.begun and "[" .. answer.begun .. "," .. usage .. "]" or usage, true
+end
+
+-- An error is noted as the event that tells of it; of a long one only the member.
+local function remember_error(answer, body, s)
+  local short = body.error_first and body.error_last - body.error_first < MAX_NOTE
+  if body.failed or #s > MAX_NOTE then
+    answer.error = '{"error":' .. (short and sub(s, body.error_first, body.error_last) or "{}") .. "}"
+  else
+    answer.error = s
   end
-  if body.error then answer.error, answer.fresh = #s <= MAX_NOTE and s or '{"error":{}}', true end
+  answer.fresh = true
+end
+
+local function remember(answer, body, s)
+  if body.half_first and body.half_last - body.half_first < MAX_NOTE then
+    answer.begun, answer.fresh = sub(s, body.half_first, body.half_last), true
+  end
+  if body.usage == "object" then remember_usage(answer, sub(s, body.usage_first, body.usage_last)) end
+  if body.error then remember_error(answer, body, s) end
 end
 
 -- Reads a stream. `pending` is what has come of an event that is not whole yet. The shape of a token's event: `head`, the
 -- bytes right before its text, stand at `offset`, `tail` behind the text; `around` is how long all but the text is. Where
 -- an engine writes `"usage":null` last and it is to be hidden, the last `cut` bytes of such an event are replaced by `rest`.
+-- Of events that are numbered behind their text there is no `offset` but a `number`: `head` is all before the text, and
+-- `tail` and `behind` are what stands around the digits.
 local function new_reader(hide, limit)
   return {
     answer = new_answer(true), hide = hide, limit = limit, pending = "", scanned = 1, skipping = false, crs = false,
-    offset = nil, head = "", tail = "", around = 0, call = nil, cut = 0, rest = "",
+    offset = nil, head = "", tail = "", around = 0, call = nil, cut = 0, rest = "", number = false, behind = "",
   }
 end
 
@@ -339,24 +495,45 @@ local HEAD = 10 -- bytes: `content":"`
 
 -- Learns the shape of an event by the token found in it; `data_at` is where its data stands, `cut` and `rest` as above.
 local function learn(reader, event, data_at, body, cut, rest)
-  reader.offset = nil
+  reader.offset, reader.number = nil, false
   if reader.crs or not data_at or body.tokens ~= 1 or not body.from then return end
   local opening, closing = data_at + body.from - 1, data_at + body.to - 1
-  reader.offset = opening - HEAD + 1
+  reader.offset = body.as and 1 or opening - HEAD + 1
   reader.head = sub(event, reader.offset, opening)
   reader.tail = sub(event, closing)
   reader.around = opening + #reader.tail
-  reader.call = byte(event, closing) == 93 and CALL or nil
+  reader.call = (body.call or byte(event, closing) == 93) and CALL or nil
   reader.cut, reader.rest = cut, rest
+  local _, _, before, behind = find(reader.tail, '"sequence_number": ?()%d+()')
+  if body.as and before then
+    reader.offset, reader.number = nil, true
+    reader.tail, reader.behind = sub(reader.tail, 1, before - 1), sub(reader.tail, behind)
+  end
 end
 
 -- Whether s is one event of the shape learned, and nothing else; its text may be empty.
 local function fits(reader, s, size)
   local offset = reader.offset
-  if not offset or size < reader.around then return false end
+  if not offset or size < reader.around or size > reader.limit then return false end
   local tail = size - #reader.tail + 1
   return find(s, "\n\n", 1, true) == size - 1 and find(s, reader.head, offset, true) == offset
     and find(s, reader.tail, tail, true) == tail
+end
+
+-- Bytes of text in s if it is one event of the numbered shape learned, and nothing else; nil if it is not.
+local function numbered(reader, s, size)
+  local behind, head = size - #reader.behind + 1, #reader.head
+  if behind <= head or find(s, reader.behind, behind, true) ~= behind then return nil end
+  local digit = behind - 1
+  local c = byte(s, digit)
+  while c and c >= 48 and c <= 57 do
+    digit = digit - 1
+    c = byte(s, digit)
+  end
+  local tail = digit - #reader.tail + 1
+  if digit == behind - 1 or tail <= head or find(s, reader.tail, tail, true) ~= tail then return nil end
+  if find(s, reader.head, 1, true) ~= 1 or find(s, "\n", head + 1, true) ~= size - 1 then return nil end
+  return tail - head - 1
 end
 
 local function count(answer, tokens, text, at)
@@ -373,10 +550,15 @@ local function shown_of(reader, event, at)
     if size > reader.around then count(answer, 1, reader.call or size - reader.around, at) end
     return reader.cut == 0 and event or sub(event, 1, size - reader.cut) .. reader.rest
   end
+  local text = reader.number and numbered(reader, event, size)
+  if text then
+    if text > 0 then count(answer, 1, reader.call or text, at) end
+    return event
+  end
   local data, data_at = data_of(event)
   if data == "" then return event end
   if data == "[DONE]" then
-    answer.done = true
+    answer.done, answer.fresh = true, true
     return event
   end
   local body = walk(data)
@@ -385,8 +567,14 @@ local function shown_of(reader, event, at)
     return event
   end
   remember(answer, body, data)
-  if body.tokens > 0 then count(answer, body.tokens, body.text, at) end
-  if not (reader.hide and body.usage) then
+  if body.done then answer.done, answer.fresh = true, true end
+  if body.tokens > 0 then
+    count(answer, body.tokens, body.text, at)
+  elseif body.as == "picture" then
+    count(answer, 0, 0, at)
+    answer.fresh = true
+  end
+  if not (reader.hide and body.usage) or body.as then
     if body.tokens > 0 and body.usage ~= "object" then learn(reader, event, data_at, body, 0, "") end
     return event
   end
@@ -408,7 +596,7 @@ local function feed(reader, s, at)
   local held = reader.pending
   local text = held == "" and s or held .. s
   if not reader.crs and find(s, "\r", 1, true) then
-    reader.crs, reader.offset = true, nil
+    reader.crs, reader.offset, reader.number = true, nil, false
   end
   local out, changed, start, scan = {}, false, 1, reader.scanned
   while true do
@@ -457,7 +645,7 @@ end
 -- Takes what is held back and what came as they are, and reads no more: something in here went wrong.
 local function give_up(reader, s, failure)
   local held = reader.pending
-  reader.pending, reader.offset, reader.answer.failure = "", nil, failure
+  reader.pending, reader.offset, reader.number, reader.answer.failure = "", nil, false, failure
   return reader.hide and held ~= "" and held .. s or nil
 end
 
@@ -511,7 +699,13 @@ local function read_stream(h, reader)
           chunk:setBytes(shown)
         end
       else
-        shown = pass_on(h, reader, chunk, s)
+        local text = reader.number and reader.pending == "" and numbered(reader, s, size)
+        if text then
+          shown = s
+          if text > 0 then count(answer, 1, reader.call or text, h:timestamp() * 1000) end
+        else
+          shown = pass_on(h, reader, chunk, s)
+        end
       end
       answer.delivered = answer.delivered + #shown
       if answer.tokens >= answer.mark or answer.fresh then
@@ -593,21 +787,40 @@ local function feed_json(reader, s)
   end
 end
 
+-- Whether s is JSON, but no object: the array of a tokenizer or of SGLang's rerank, a bare number.
+local function is_bare(s)
+  local first = space_end(s, 1)
+  local c = byte(s, first)
+  if not c or c == 123 then return false end
+  local behind = value_end(s, first)
+  if not behind or space_end(s, behind) <= #s then return false end
+  local word = sub(s, first, behind - 1)
+  return c == 91 or c == 34 or word == "null" or word == "true" or word == "false"
+    or find(word, "^-?%d+%.?%d*[eE]?[+-]?%d*$") ~= nil
+end
+
+local function finish_document(answer, body, text)
+  remember(answer, body, text)
+  if answer.usage then return end
+  document(text, body)
+  answer.tokens, answer.text = body.tokens, body.text
+end
+
 local function finish_json(reader)
   local answer = reader.answer
   if reader.size == 0 or answer.oversized > 0 then return end
-  if reader.from then answer.usage = usage_in_rest(reader.from .. concat(reader.pieces)) end
-  if answer.usage and #answer.usage > MAX_NOTE then answer.usage = nil end
+  local rest = reader.from and concat(reader.pieces) or ""
+  local usage = reader.from and usage_in_rest(reader.from .. rest)
+  if usage then remember_usage(answer, usage) end
   answer.fresh = true
-  if not answer.usage and reader.small then
-    local text = reader.from and reader.small .. concat(reader.pieces) or reader.small
+  local text = reader.small and reader.small .. rest
+  if text and (not answer.usage or #text <= SMALL_JSON and find(text, '"error"', 1, true)) then
     local body = walk(text)
-    if not body then
+    if not body and not is_bare(text) then
       answer.unreadable = 1
       return
     end
-    answer.tokens, answer.text = body.tokens, body.text
-    remember(answer, body, text)
+    if body then finish_document(answer, body, text) end
   end
   answer.done = true
 end
@@ -655,6 +868,13 @@ local function served_by(value)
   return (details == "" or details == "-" or details == "via_upstream") and address or nil
 end
 
+-- What the engine tells of its load, an ORCA report; `set_headers` takes it off or puts ours in its place.
+local function note_load(h, headers)
+  local load = headers:get("endpoint-load-metrics-bin")
+  load = load and "BIN " .. load or headers:get("endpoint-load-metrics")
+  if load and #load <= MAX_LOAD then h:streamInfo():dynamicMetadata():set(TOLD, "load", plain(load)) end
+end
+
 -- The headers that every routed answer carries. `pods` is "address name" by line: who may have served.
 local function set_headers(headers, asked, served)
   headers:replace("x-request-id", asked.id)
@@ -680,7 +900,9 @@ function envoy_on_response(h)
   if served then headers:remove(SERVED) end
   local asked = h:streamInfo():dynamicMetadata():get(ASKED)
   if not asked or asked.native ~= VERSION then return end
-  set_headers(headers, asked, served_by(served))
+  served = served_by(served)
+  if served then note_load(h, headers) end
+  set_headers(headers, asked, served)
   local status = tonumber(headers:get(":status")) or 0
   if not asked.read or status >= 300 then return end
   local kind = media_type(headers)

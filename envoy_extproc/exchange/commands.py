@@ -7,6 +7,7 @@ from enum import Enum, auto
 
 import msgspec
 
+from envoy_extproc import orca
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
@@ -32,10 +33,17 @@ class BodyMode(Enum):
 
 
 class LoadReport(msgspec.Struct, frozen=True):
-    """The ORCA report that the client asked for: its form, ``TEXT``, ``JSON`` or ``BIN``, and the endpoint told of."""
+    """The ORCA report to add to the response headers.
+
+    Attributes:
+        form: ``TEXT``, ``JSON`` or ``BIN``.
+        candidate: the endpoint told of.
+        rate: requests per second that this server sends there.
+    """
 
     form: str
     candidate: Candidate
+    rate: float = 0.0
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +130,19 @@ class Schedule(msgspec.Struct, frozen=True):
     request: SchedulingRequest
 
 
+class ListModels(msgspec.Struct, frozen=True):
+    """Say which models there are; the answer comes back as `Listed`. `name` is the one asked for, empty for all of them."""
+
+    name: str
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """The engine at `address` told this of its load, or something that cannot be read."""
+
+    address: str
+    parsed: orca.Parsed
+
+
 class Serve(msgspec.Struct, frozen=True):
     """Another endpoint than the chosen one serves the request: in-flight moves there."""
 
@@ -144,4 +165,4 @@ class Release(msgspec.Struct, frozen=True):
     request_id: str
 
 
-Command = Continue | Respond | Schedule | Serve | Finish | Release
+Command = Continue | Respond | Schedule | ListModels | Heard | Serve | Finish | Release

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from envoy_extproc.headers import Headers
+from envoy_extproc.openai.request import InferenceRequest
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
 
 DESTINATION = "x-gateway-destination-endpoint"
@@ -41,14 +42,21 @@ def to_remove(headers: Headers, *, model_known: bool) -> tuple[str, ...]:
 
 
 def scheduling_request(
-    headers: Headers, *, model: str | None, subset: tuple[str, ...] | None
+    headers: Headers,
+    *,
+    model: str | None,
+    subset: tuple[str, ...] | None,
+    inference: InferenceRequest | None = None,
 ) -> SchedulingRequest:
-    """What the headers let choosing know."""
+    """What the headers, and the body where it is read, let choosing know."""
     return SchedulingRequest(
         model=model or headers.get("x-model") or None,
         policy=headers.get("routing-strategy") or None,
         pin=headers.get("target-pod-ip") or None,
         subset=subset,
+        selector=headers.get("external-filter") or None,
+        prompt_tokens=0 if inference is None else inference.prompt_tokens_estimate,
+        max_output_tokens=None if inference is None else inference.max_output_tokens,
     )
 
 

@@ -70,10 +70,15 @@ class ResponseTrailers(msgspec.Struct, frozen=True):
 
 
 class Scheduled(msgspec.Struct, frozen=True):
-    """The answer to `Schedule`: where the request goes."""
+    """The answer to `Schedule`: where the request goes.
+
+    Attributes:
+        rate: requests per second that this server sends to the chosen endpoint, this one included.
+    """
 
     at: float
     decision: Decision
+    rate: float = 0.0
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -81,6 +86,13 @@ class Refused(msgspec.Struct, frozen=True):
 
     at: float
     error: GatewayError
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """The answer to `ListModels`: JSON; None where nobody serves the model that was asked for."""
+
+    at: float
+    body: bytes | None
 
 
 class StreamClosed(msgspec.Struct, frozen=True):
@@ -99,4 +111,4 @@ class StreamClosed(msgspec.Struct, frozen=True):
 Message = RequestHeaders | RequestBody | RequestTrailers | ResponseHeaders | ResponseBody | ResponseTrailers
 """What Envoy says; it waits for exactly one reply to each."""
 
-Event = Message | Scheduled | Refused | StreamClosed
+Event = Message | Scheduled | Refused | Listed | StreamClosed

@@ -8,7 +8,8 @@ Three rules:
 
 1. Every state change is in `TABLE`; `receive` looks up and does nothing else. What the table does not list is a
    message that should not come: it gets an empty reply of its own phase, is counted, and changes nothing.
-2. `Schedule` is a question. It is answered by `Scheduled` or `Refused`, and only then Envoy gets its reply.
+2. `Schedule` is a question, answered by `Scheduled` or `Refused`; so is `ListModels`, answered by `Listed`. Only then Envoy
+   gets its reply.
 3. `StreamClosed` comes exactly once and last, in whatever state; it yields the one `Finish` with the one `Report`, or
    `Release` in the native lane, unless this server refused the request: then the report comes with Envoy's access-log entry (see `native`).
    In-flight is held from the answer to `Schedule` until then: the stream is held open to the end of the exchange.
@@ -26,14 +27,12 @@ message: the trailers come in its place. Behind a body they come by themselves a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum, auto
 from typing import Any
 
-import msgspec
-
+from envoy_extproc import orca
 from envoy_extproc.endpoints import Endpoint
-from envoy_extproc.errors import BadRequest, GatewayError, PayloadTooLarge
-from envoy_extproc.exchange import control
+from envoy_extproc.errors import BadRequest, GatewayError, ModelNotFound, PayloadTooLarge
+from envoy_extproc.exchange import control, replies
 from envoy_extproc.exchange.commands import (
     PASS,
     SHOW_RESPONSE,
@@ -42,15 +41,17 @@ from envoy_extproc.exchange.commands import (
     Continue,
     Finish,
     Handover,
+    Heard,
+    ListModels,
     LoadReport,
     Phase,
     Release,
-    Respond,
     Schedule,
     Serve,
 )
 from envoy_extproc.exchange.events import (
     Event,
+    Listed,
     Refused,
     RequestBody,
     RequestHeaders,
@@ -61,48 +62,16 @@ from envoy_extproc.exchange.events import (
     Scheduled,
     StreamClosed,
 )
-from envoy_extproc.exchange.native import LUA_VERSIONS, MAX_TEXT, Facts
+from envoy_extproc.exchange.native import LUA_VERSIONS
 from envoy_extproc.exchange.record import Record
 from envoy_extproc.exchange.report import routing_of
+from envoy_extproc.exchange.states import ExchangeSettings as ExchangeSettings
+from envoy_extproc.exchange.states import State as State
 from envoy_extproc.headers import Headers
 from envoy_extproc.openai import request as openai_request
 from envoy_extproc.openai import routes
 from envoy_extproc.openai.answer import JsonReader, Reader, StreamReader
-from envoy_extproc.openai.error_body import error_body
 from envoy_extproc.scheduling.interfaces import Decision
-
-
-class State(Enum):
-    """What the exchange waits for."""
-
-    AWAIT_REQUEST_HEADERS = auto()
-    AWAIT_REQUEST_BODY = auto()
-    AWAIT_DECISION = auto()
-    AWAIT_RESPONSE_HEADERS = auto()
-    AWAIT_RESPONSE_BODY = auto()
-    HELD = auto()
-    HANDED_OVER = auto()
-    ANSWERED = auto()
-    CLOSED = auto()
-
-
-class ExchangeSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is the same for every exchange.
-
-    Attributes:
-        max_body_bytes: a request body beyond this is refused with 413.
-        accounting: whether answers are read for their usage.
-        max_event_bytes: an event of a stream beyond this passes unparsed.
-        max_json_bytes: a JSON answer beyond this passes unparsed.
-        clear_route_cache: whether Envoy chooses its route again once the model is known.
-    """
-
-    max_body_bytes: int = 33_554_432
-    accounting: bool = True
-    max_event_bytes: int = 1_048_576
-    max_json_bytes: int = 16_777_216
-    clear_route_cache: bool = False
-
 
 Lookup = Callable[[str], Endpoint | None]
 """The endpoint of an address, if discovery knows it."""
@@ -117,7 +86,7 @@ _PHASES: Mapping[type[Any], Phase] = {
 }
 _PASS_BODY = (PASS[Phase.RESPONSE_BODY],)
 _NO_HEADERS = Headers()
-_ENGINE_REPORT = ("endpoint-load-metrics", "endpoint-load-metrics-bin")  # for us; a client gets ours
+_ENGINE_REPORT = (orca.HEADER, orca.BINARY_HEADER)  # for us; a client gets ours
 
 
 class Exchange:
@@ -139,6 +108,7 @@ class Exchange:
         "_decision",
         "_headers",
         "_hide_usage",
+        "_load_report",
         "_lookup",
         "_native",
         "_new_request_id",
@@ -173,6 +143,7 @@ class Exchange:
         self._reader: Reader | None = None
         self._native = native
         self._decision: Decision | None = None
+        self._load_report: LoadReport | None = None
 
     def receive(self, event: Event) -> Sequence[Command]:
         """Moves by one event; returns what is to be done, in order."""
@@ -205,11 +176,16 @@ class Exchange:
         record.started = event.at
         record.request_id = headers.get("x-request-id") or self._new_request_id()
         record.path = target.partition("?")[0]
+        if event.end_of_stream and headers.get(":method") == "GET":
+            wanted = routes.listed_model(target)
+            if wanted is not None:
+                self.state = State.AWAIT_DECISION
+                return (ListModels(wanted),)
         route = None if event.end_of_stream else routes.find(target)
         if route is None:
             return self._schedule(Phase.REQUEST_HEADERS, model=None)
         self._route = route
-        record.operation = route.operation
+        record.read_as(route)
         length = control.content_length(headers)
         if length is not None and length > self._settings.max_body_bytes:
             return self._refuse(self._too_large())
@@ -224,7 +200,7 @@ class Exchange:
         except GatewayError as error:
             return self._refuse(error)
         self.record.inference = inference
-        if inference.stream and inference.add_usage and self._settings.accounting:
+        if inference.stream and inference.add_usage and self.record.accounting:
             self._rewritten = openai_request.ask_for_usage(event.data, inference)
             self._hide_usage = True
         return self._schedule(Phase.REQUEST_BODY, model=inference.model)
@@ -243,12 +219,14 @@ class Exchange:
         if control.body_is_encoded(self._headers):
             encoding = self._headers.get("content-encoding")
             raise BadRequest(f"A request body with content-encoding {encoding!r} cannot be read.")
-        return openai_request.decode(body, route)
+        return openai_request.decode(body, route, self._headers.get("content-type") or "")
 
     def _schedule(self, phase: Phase, *, model: str | None) -> Sequence[Command]:
         self.state = State.AWAIT_DECISION
         self._awaited_phase = phase
-        wanted = control.scheduling_request(self._headers, model=model, subset=self._subset)
+        wanted = control.scheduling_request(
+            self._headers, model=model, subset=self._subset, inference=self.record.inference
+        )
         self.record.model = wanted.model
         return (Schedule(wanted),)
 
@@ -257,10 +235,13 @@ class Exchange:
         self.state = State.HANDED_OVER if self._native else State.AWAIT_RESPONSE_HEADERS
         self._decision = event.decision
         self.record.routing = routing_of(event.decision)
+        form = control.load_report_form(self._headers) or self._settings.load_report
+        if form is not None:
+            self._load_report = LoadReport(form, event.decision.chosen, event.rate)
         body, self._rewritten = self._rewritten, None  # a long prompt is not kept for the whole stream
         reply = Continue(
             phase=self._awaited_phase,
-            set_headers=self._routed_headers(event.decision, body),
+            set_headers=replies.routed_headers(self.record, self._headers, event.decision, body),
             remove_headers=control.to_remove(self._headers, model_known=self.record.model is not None),
             body=body,
             destination=self.record.routing.order,
@@ -276,47 +257,23 @@ class Exchange:
         return (reply,)
 
     def _handover(self, decision: Decision) -> Handover:
-        record, inference = self.record, self.record.inference
-        assert record.routing is not None
-        read = inference is not None and self._settings.accounting
+        inference, settings = self.record.inference, self._settings
         stream = inference is not None and inference.stream
-        facts = Facts(
-            request_id=_clean(record.request_id),
-            path=_clean(record.path),
-            routing=record.routing,
-            operation=record.operation,
-            model=None if record.model is None else _clean(record.model),
-            stream=stream,
-            read=read,
-            prompt_tokens_estimate=0 if inference is None else inference.prompt_tokens_estimate,
-            unexpected=record.unexpected,
-        )
-        return Handover(
-            request_id=record.request_id,
-            policy=decision.decided_by,
-            pods=tuple([(endpoint.address, endpoint.name) for endpoint in decision.order]),
-            read=read,
+        return replies.handover(
+            self.record,
+            decision,
             hide=self._hide_usage,
-            max_event_bytes=self._settings.max_event_bytes if stream else self._settings.max_json_bytes,
-            facts=msgspec.json.encode(facts),
-            load_report=self._load_report(),
+            max_bytes=settings.max_event_bytes if stream else settings.max_json_bytes,
+            load_report=self._load_report,
         )
 
-    def _routed_headers(self, decision: Decision, body: bytes | None) -> tuple[tuple[str, str], ...]:
-        model = self.record.model
-        headers = [
-            (control.DESTINATION, ",".join([endpoint.address for endpoint in decision.order])),
-            (control.TARGET_POD, decision.order[0].address),
-        ]
-        if self._headers.get("x-request-id") != self.record.request_id:
-            headers.append(("x-request-id", self.record.request_id))
-        if model is not None:
-            headers += [("model", model), ("x-gateway-model-name", model)]
-        if self._route is not None and self._settings.accounting:
-            headers.append(("accept-encoding", "identity"))
-        if body is not None:
-            headers.append(("content-length", str(len(body))))
-        return tuple(headers)
+    def listed(self, event: Listed) -> Sequence[Command]:
+        """The list of models, or the one of them that was asked for; None where nobody serves it."""
+        if event.body is None:
+            return self._refuse(ModelNotFound("The model that the path names does not exist.", param="model"))
+        self.state = State.ANSWERED
+        self.record.answer_here()
+        return (replies.listing(self.record, event.body),)
 
     def refused(self, event: Refused) -> Sequence[Command]:
         """Nobody can take it."""
@@ -326,19 +283,7 @@ class Exchange:
         self.state = State.ANSWERED
         self.record.refusal = error
         self.record.status = error.status
-        headers = [
-            ("content-type", "application/json"),
-            ("x-request-id", self.record.request_id),
-            ("request-id", self.record.request_id),
-        ]
-        if error.header is not None:
-            headers.append(error.header)
-        if error.retry_after is not None:
-            headers.append(("retry-after", str(error.retry_after)))
-        details = f"envoy_extproc_{error.detail}"
-        return (
-            Respond(status=error.status, headers=tuple(headers), body=error_body(error), details=details),
-        )
+        return (replies.refusal(self.record, error),)
 
     def _too_large(self) -> PayloadTooLarge:
         limit = self._settings.max_body_bytes
@@ -354,17 +299,18 @@ class Exchange:
         record.local_reply = event.local_reply
         record.answer_ended = event.end_of_stream
         moved = () if event.upstream is None else self._served(event.upstream)
+        record.length = control.content_length(event.headers)
         mode = self._start_reading(event)
         self.state = State.HELD if self._reader is None else State.AWAIT_RESPONSE_BODY
         reply = Continue(
             phase=Phase.RESPONSE_HEADERS,
-            set_headers=self._answer_headers(),
+            set_headers=replies.answer_headers(record),
             remove_headers=self._answer_removals(event.headers),
             response_body=mode,
-            load_report=self._load_report(),
+            load_report=self._load_report,
         )
         self._headers, self._decision = _NO_HEADERS, None  # not needed for the rest of a long stream
-        return (*moved, reply)
+        return (*moved, *_heard(event), reply)
 
     def _served(self, address: str) -> Sequence[Serve]:
         """After a retry it was another endpoint than the chosen one that answered."""
@@ -382,7 +328,7 @@ class Exchange:
         and Envoy takes the `content-length` off an answer that it is to stream before it shows us the headers.
         """
         record = self.record
-        if record.inference is None or not self._settings.accounting:
+        if record.inference is None or not record.accounting:
             return None
         good = record.status is not None and record.status < 300 and record.local_reply is None
         if not good or event.end_of_stream:
@@ -395,7 +341,7 @@ class Exchange:
             return self._read_stream()
         elif content_type == "application/json":
             return self._read_json()
-        else:
+        elif not record.opaque:
             record.unread = "content-type"
         return BodyMode.NONE
 
@@ -410,31 +356,17 @@ class Exchange:
         self.record.seen = self._reader.seen
         return BodyMode.STREAMED
 
-    def _answer_headers(self) -> tuple[tuple[str, str], ...]:
-        record = self.record
-        headers = [("x-request-id", record.request_id), ("request-id", record.request_id)]
-        if record.routing is not None:
-            headers.append(("routing-strategy", record.routing.decided_by))
-        if record.served_address is not None:
-            name = record.served_address if record.served_by is None else record.served_by.name
-            headers += [("target-pod", name), ("target-pod-ip", record.served_address)]
-        return tuple(headers)
-
     def _answer_removals(self, headers: Headers) -> tuple[str, ...]:
         """An engine's own ORCA report is for us; a length does not hold for a stream that loses an event."""
         rewritten = self._hide_usage and self.record.streamed and self._reader is not None
         names = (*_ENGINE_REPORT, "content-length") if rewritten else _ENGINE_REPORT
         return tuple(name for name in names if name in headers)
 
-    def _load_report(self) -> LoadReport | None:
-        form = control.load_report_form(self._headers)
-        decision = self._decision
-        return None if form is None or decision is None else LoadReport(form, decision.chosen)
-
     def response_body(self, event: ResponseBody) -> Sequence[Command]:
         """What came of the answer in one read."""
         reader = self._reader
         assert reader is not None
+        self.record.received += len(event.data)
         shown = reader.feed(event.data, event.at) if event.data else None
         if not event.end_of_stream:
             return _PASS_BODY if shown is None else (Continue(phase=Phase.RESPONSE_BODY, body=shown),)
@@ -463,12 +395,14 @@ class Exchange:
 
     def stream_closed(self, event: StreamClosed) -> Sequence[Command]:
         """However it ended. What was held back of a stream cut off is lost with it; what was seen of it is not."""
+        if self._reader is not None and self.record.whole:
+            self._end_of_answer(self._reader, event.at)  # the client left right behind the last byte
         left_to_entry = self._left_to_entry(event)
         self.state = State.CLOSED
         self._reader = None
         self._headers = _NO_HEADERS
         if left_to_entry:
-            return (Release(_clean(self.record.request_id)),)
+            return (Release(replies.clean(self.record.request_id)),)
         return (Finish(self.record.report(event)),)
 
     def _left_to_entry(self, event: StreamClosed) -> bool:
@@ -478,7 +412,7 @@ class Exchange:
         told here, and a request must be reported once. Where the client left so soon that not even the headers came, its
         entry alone knows whose it was.
         """
-        if not self._native or self.record.refusal is not None:
+        if not self._native or self.record.answered_here:
             return False
         return event.failure is None or self.state is State.HANDED_OVER
 
@@ -496,7 +430,12 @@ TABLE: Mapping[State, Mapping[type[Any], Handler]] = {
         ResponseHeaders: Exchange.response_headers,
         **_CLOSE,
     },
-    State.AWAIT_DECISION: {Scheduled: Exchange.scheduled, Refused: Exchange.refused, **_CLOSE},
+    State.AWAIT_DECISION: {
+        Scheduled: Exchange.scheduled,
+        Refused: Exchange.refused,
+        Listed: Exchange.listed,
+        **_CLOSE,
+    },
     State.AWAIT_RESPONSE_HEADERS: {
         ResponseHeaders: Exchange.response_headers,
         RequestTrailers: Exchange.request_trailers,
@@ -530,6 +469,7 @@ NEXT: Mapping[State, Mapping[type[Any], frozenset[State]]] = {
     State.AWAIT_DECISION: {
         Scheduled: frozenset({State.AWAIT_RESPONSE_HEADERS, State.HANDED_OVER}),
         Refused: frozenset({State.ANSWERED}),
+        Listed: frozenset({State.ANSWERED}),
     },
     State.AWAIT_RESPONSE_HEADERS: {
         ResponseHeaders: frozenset({State.AWAIT_RESPONSE_BODY, State.HELD}),
@@ -547,10 +487,10 @@ NEXT: Mapping[State, Mapping[type[Any], frozenset[State]]] = {
 """Where each of these leads; `StreamClosed` leads to CLOSED from everywhere. Tests draw from it and hold it true."""
 
 
-def _clean(text: str) -> str:
-    """A client's words, cut short; what is no UTF-8 in them, replaced, since metadata cannot carry it."""
-    text = text[:MAX_TEXT]
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+def _heard(event: ResponseHeaders) -> tuple[Heard, ...]:
+    """What the engine told of its load; nothing where it told nothing, or Envoy answered itself."""
+    parsed = orca.of(event.headers)
+    return () if event.upstream is None or parsed is orca.ABSENT else (Heard(event.upstream, parsed),)
 
 
 def _status(headers: Headers) -> int | None:

@@ -16,8 +16,9 @@ from envoy_extproc.errors import ErrorType
 from envoy_extproc.exchange.events import StreamClosed
 from envoy_extproc.exchange.record import Record
 from envoy_extproc.exchange.report import Report, Routing
-from envoy_extproc.openai import answer, routes
+from envoy_extproc.openai import events, routes
 from envoy_extproc.openai.request import InferenceRequest
+from envoy_extproc.openai.seen import Seen
 
 LUA_VERSIONS = frozenset({1})
 """Versions of `native.lua` whose notes are understood here."""
@@ -32,6 +33,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         routing: None where it never was.
         read: whether the answer is read for its usage.
+        opaque: whether an answer of a type that cannot be read is none to be wondered at.
         prompt_tokens_estimate: for an answer no engine reports on.
     """
 
@@ -42,6 +44,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str | None = None
     stream: bool = False
     read: bool = False
+    opaque: bool = False
     prompt_tokens_estimate: int = 0
     unexpected: int = 0
 
@@ -91,8 +94,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         attempts: pods asked.
         body_bytes: of the answer's body, sent to the client.
         notes: JSON of `Notes`; empty where the script wrote none.
-        usage: JSON of the engine's usage object, likewise.
+        usage: JSON of the engine's usage object, likewise; of a message whose usage comes in two halves an array: of the
+            first while that is all there is, then of both.
         error: JSON of an error told of inside the answer, likewise.
+        load: what the engine told of its load, as `orca.parse` reads it; empty where it did not.
+        headers_after: seconds from `started` to the headers of the pod's answer.
     """
 
     facts: str
@@ -109,6 +115,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     notes: str = ""
     usage: str = ""
     error: str = ""
+    load: str = ""
+    headers_after: float = 0.0
 
 
 Malformed = msgspec.DecodeError
@@ -162,9 +170,10 @@ def _record(facts: Facts, entry: Entry) -> Record:
     record.cut_by = entry.cut_by
     record.answer_ended = entry.cut_by is None
     record.unexpected = facts.unexpected
+    record.opaque = facts.opaque
     if facts.read:
         record.inference = InferenceRequest(
-            model=facts.model or "",
+            model=facts.model,
             stream=facts.stream,
             prompt_tokens_estimate=facts.prompt_tokens_estimate,
         )
@@ -177,20 +186,22 @@ def _see(record: Record, notes: Notes | None, entry: Entry) -> None:
         if entry.cut_by is None:
             record.unread = "script"  # it broke before its first note: Envoy's log has the error
         else:
-            record.seen = answer.Seen()
+            record.seen = Seen()
         return
     record.answer_ended = record.answer_ended or notes.ended
     if notes.unread:
         # Without a body there was nothing to read: a 204 has no content type.
-        record.unread = notes.unread if entry.body_bytes or notes.unread != "content-type" else None
+        expected = notes.unread == "content-type" and (record.opaque or not entry.body_bytes)
+        record.unread = None if expected else notes.unread
         return
     if notes.failure:
         record.unread = "script"  # what was seen until then counts
-    seen = record.seen = answer.Seen()
+    seen = record.seen = Seen()
     # The usage is the last one there was; the error's event may have one of its own, from before.
-    for told in (entry.error, entry.usage and f'{{"usage":{entry.usage}}}'):
-        if told:
-            answer.note_told(seen, told.encode("utf-8", "replace"), 0.0)
+    if entry.error:
+        events.note_told(seen, entry.error.encode("utf-8", "replace"), 0.0)
+    if entry.usage:
+        events.note_usage(seen, entry.usage.encode("utf-8", "replace"))
     seen.token_events, seen.text_length = _extrapolated(notes, entry)
     if notes.first is not None and notes.last is not None:
         # The wall clock may have been put back since the request came, and the last is in whole milliseconds.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.errors import ErrorType, GatewayError
 from envoy_extproc.exchange.events import StreamClosed
+from envoy_extproc.exchange.fault import fault_of as fault_of
+from envoy_extproc.exchange.fault import fault_of_envoy as fault_of_envoy
+from envoy_extproc.exchange.fault import fault_of_error, first_word
 from envoy_extproc.exchange.report import Outcome, Report, Routing, UsageSource
 from envoy_extproc.openai.answer import Seen, Usage
 from envoy_extproc.openai.request import InferenceRequest
+from envoy_extproc.openai.routes import Accounting, Route
 
 Verdict = tuple[Outcome, ErrorType | None, str | None]
 
@@ -19,23 +21,32 @@ class Record:
 
     Attributes:
         started: when the request's headers came; None until then.
+        accounting: whether the answer is read for its usage.
+        opaque: whether an answer of a type that cannot be read is none to be wondered at.
         refusal: the error this server answered with.
+        answered: whether this server gave a good answer itself.
         local_reply: Envoy's word for why it answered itself; None where a pod did.
         answer_ended: whether the end of the answer came.
         cut_by: who ended it before that; None where it ended as it should, or only the end of the stream tells.
         seen: what was read of the answer; None where nothing was to be read.
+        length: of the answer's body, as its headers say; None where they do not.
+        received: bytes of it that came here.
     """
 
     __slots__ = (
         "accounting",
         "answer_ended",
+        "answered",
         "attempts",
         "cut_by",
         "inference",
+        "length",
         "local_reply",
         "model",
+        "opaque",
         "operation",
         "path",
+        "received",
         "refusal",
         "request_id",
         "routing",
@@ -58,7 +69,9 @@ class Record:
         self.model: str | None = None
         self.inference: InferenceRequest | None = None
         self.routing: Routing | None = None
+        self.opaque = False
         self.refusal: GatewayError | None = None
+        self.answered = False
         self.status: int | None = None
         self.local_reply: str | None = None
         self.attempts = 0
@@ -66,10 +79,33 @@ class Record:
         self.served_address: str | None = None
         self.streamed = False
         self.seen: Seen | None = None
+        self.length: int | None = None
+        self.received = 0
         self.answer_ended = False
         self.cut_by: ErrorType | None = None
         self.unread: str | None = None
         self.unexpected = 0
+
+    def read_as(self, route: Route) -> None:
+        """The request is one to `route`."""
+        self.operation = route.operation
+        self.opaque = route.opaque
+        self.accounting = self.accounting and route.accounting is not Accounting.NOTHING
+
+    def answer_here(self) -> None:
+        """This server gives a good answer itself."""
+        self.answered = self.answer_ended = True
+        self.status = 200
+
+    @property
+    def answered_here(self) -> bool:
+        """Whether this server answered instead of a pod, well or not."""
+        return self.answered or self.refusal is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of an answer with a length has come: its client may leave before Envoy tells of its end."""
+        return self.length is not None and self.received >= self.length
 
     def report(self, closed: StreamClosed) -> Report:
         """The whole of it, at the end."""
@@ -111,9 +147,11 @@ class Record:
         failed = self.refusal is not None or (self.status is not None and self.status >= 300)
         if self.inference is None or self.routing is None or failed or not self.accounting:
             return Usage(), "none"
+        begun = None if seen is None else seen.begun  # a message's start told the prompt; the rest never came
         guess = Usage(
-            prompt_tokens=self.inference.prompt_tokens_estimate,
+            prompt_tokens=self.inference.prompt_tokens_estimate if begun is None else begun.prompt_tokens,
             completion_tokens=0 if seen is None else seen.completion_tokens_estimate,
+            cached_tokens=None if begun is None else begun.cached_tokens,
         )
         return guess, "estimated"
 
@@ -136,17 +174,22 @@ class Record:
         """How an answer failed that says so itself: an engine's, or Envoy's own."""
         if self.local_reply is None:
             return "error", fault_of(status), f"status-{status}"
-        return "error", fault_of_envoy(status), first_word(self.local_reply) or f"envoy-{status}"
+        word = first_word(self.local_reply) or f"envoy-{status}"
+        return "error", fault_of_envoy(status, self.local_reply), word
 
     def _ended_early(self, closed: StreamClosed) -> Verdict | None:
         """The verdict on an exchange that ended before its answer did; None if that cannot be told."""
-        if self.cut_by is not None:
+        seen = self.seen
+        if seen is not None and seen.done and self.unread is None:
+            return None  # all of it had come
+        told = seen is not None and seen.error is not None  # by an engine that then broke off
+        if self.cut_by is not None and not (told and self.cut_by != "client"):
             return "aborted", self.cut_by, f"closed-before-{'answer' if self.status is None else 'end'}"
         if self.status is None:
             return (
                 ("drained", None, None) if closed.draining else ("aborted", "client", "closed-before-answer")
             )
-        if self.seen is None or self.seen.error is not None:
+        if seen is None or told:
             return None  # nobody read the answer, or it was over with the error in it
         return ("drained", None, None) if closed.draining else ("aborted", "network", "closed-before-end")
 
@@ -156,29 +199,12 @@ class Record:
         if seen is None:
             return "success", None, None
         if seen.error is not None:
-            return "error", fault_of(seen.error.code), "error-in-answer"
+            return "error", fault_of_error(seen.error), "error-in-answer"
         if seen.unreadable:
             return "error", "content", "unreadable"
         if not seen.done and not seen.oversized:
             return "error", "content", "no-done"
         return "success", None, None
-
-
-def fault_of(status: int) -> ErrorType:
-    """Whose fault an engine's error status is: 429 and 503 mean it has too much to do."""
-    if status in (429, 503):
-        return "overload"
-    return "client" if 400 <= status < 500 else "model_server"
-
-
-def fault_of_envoy(status: int) -> ErrorType:
-    """Whose fault it is when Envoy answers by itself: below 500 the client's, else no pod could be reached."""
-    return "client" if status < 500 else "network"
-
-
-def first_word(details: str) -> str:
-    """Envoy's response code details without what it says in braces, which has no bound."""
-    return re.split(r"[^a-z0-9_]", details[:64])[0]
 
 
 def time_per_output_token(first: float | None, last: float | None, tokens: int) -> float | None:

@@ -48,7 +48,8 @@ def _second_opinion(decoder: msgspec.json.Decoder[T], text: bytes, first: msgspe
     try:
         value = json.loads(text.decode("utf-8-sig"), parse_constant=_number, parse_float=_number)
     except (ValueError, RecursionError):
-        raise first from None
+        # Raised anew: a frame that holds the exception which passes through it keeps `text` until a garbage collection.
+        raise type(first)(str(first)) from None
     return decoder.decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 

@@ -12,14 +12,20 @@ from typing import Any
 import msgspec
 
 from envoy_extproc.errors import BadRequest
-from envoy_extproc.openai import lenient, splice
-from envoy_extproc.openai.routes import Body, Route
+from envoy_extproc.openai import lenient, multipart, splice
+from envoy_extproc.openai.routes import Accounting, Body, Route
 
 BYTES_PER_TOKEN = 4
 """English text in the tokenizers of today's models: the usual rule of thumb, AIBrix's too."""
 
+_MOST_MARKS = 200_000
+"""Quotes, commas and opening brackets of a body that is searched for its options: 0.2 s at the worst, with all else waiting."""
+
 _FALSE_WORDS = frozenset({"0", "off", "f", "false", "n", "no"})
 """What pydantic, and so the engines, take for false in a string, in any case."""
+
+_TRUE_WORDS = frozenset({"1", "on", "t", "true", "y", "yes"})
+"""Likewise for true; a form has no other booleans."""
 
 _BASE64 = re.compile(rb";base64,[A-Za-z0-9+/=]+")
 
@@ -28,18 +34,23 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a request asks for.
 
     Attributes:
-        model: the model's name.
+        model: the model's name; None where it names none and need not.
         stream: whether ``stream`` is literally true; an engine that takes more for true is followed by its answer.
         add_usage: whether the engine, left alone, would write no usage into a stream, so that it is to be asked for it.
         stream_options: whether the body has a member of that name.
         prompt_tokens_estimate: prompt tokens guessed from the bytes, for requests no engine ever reports on.
+        max_output_tokens: how long the answer may become; None where it does not say.
     """
 
-    model: str
+    model: str | None = None
     stream: bool = False
-    add_usage: bool = True
+    add_usage: bool = False
     stream_options: bool = False
     prompt_tokens_estimate: int = 0
+    max_output_tokens: int | None = None
+
+
+_NO_BYTES = msgspec.Raw(b"")
 
 
 class _Fields(msgspec.Struct):
@@ -48,33 +59,89 @@ class _Fields(msgspec.Struct):
     model: Any = None
     stream: Any = False
     stream_options: Any = msgspec.UNSET
-    messages: msgspec.Raw = msgspec.Raw(b"")
-    prompt: msgspec.Raw = msgspec.Raw(b"")
-    input: msgspec.Raw = msgspec.Raw(b"")
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    messages: msgspec.Raw = _NO_BYTES
+    prompt: msgspec.Raw = _NO_BYTES
+    input: msgspec.Raw = _NO_BYTES
+    tools: msgspec.Raw = _NO_BYTES
+    system: msgspec.Raw = _NO_BYTES
+    instructions: msgspec.Raw = _NO_BYTES
+    query: msgspec.Raw = _NO_BYTES
+    queries: msgspec.Raw = _NO_BYTES
+    documents: msgspec.Raw = _NO_BYTES
+    items: msgspec.Raw = _NO_BYTES
+    text: msgspec.Raw = _NO_BYTES
+    text_1: msgspec.Raw = _NO_BYTES
+    text_2: msgspec.Raw = _NO_BYTES
+    tokens: msgspec.Raw = _NO_BYTES
+    content: msgspec.Raw = _NO_BYTES
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
+_FORM_FIELDS = ("model", "stream", "prompt")
 
 
-def decode(body: bytes, route: Route) -> InferenceRequest:
+def decode(body: bytes, route: Route, content_type: str = "") -> InferenceRequest:
     """What the body of a request to `route` asks for.
 
+    Args:
+        body: as the client sent it.
+        route: of the request's path.
+        content_type: the header's value; only forms need it, engines take JSON under any other name.
+
     Raises:
-        BadRequest: the body is not UTF-8, not JSON, not an object, or names no model.
+        BadRequest: the body is not UTF-8, not JSON, not an object, no form where it says it is one, or names no model.
     """
+    boundary = multipart.boundary(content_type) if route.body is Body.FORM else None
+    if boundary is not None:
+        return _decode_form(body, route, boundary)
     fields = _fields(body)
-    if fields.model is None:
-        raise BadRequest("You must provide a model parameter.", param="model")
-    if not isinstance(fields.model, str) or not fields.model:
-        raise BadRequest("The model parameter must be a non-empty string.", param="model")
-    stream = fields.stream is True and route.body is Body.GENERATE
+    asked = route.accounting is Accounting.ASKED
     options = fields.stream_options
     return InferenceRequest(
-        model=fields.model,
-        stream=stream,
-        add_usage=_declines_usage(options),
+        model=_model(fields.model, route),
+        stream=fields.stream is True and route.streams,
+        add_usage=asked and _declines_usage(options),
         stream_options=options is not msgspec.UNSET,
-        prompt_tokens_estimate=estimate_tokens(bytes(getattr(fields, route.prompt))),
+        prompt_tokens_estimate=sum(
+            [
+                estimate_tokens(bytes(raw))
+                for name in route.prompt
+                if (raw := getattr(fields, name)) is not _NO_BYTES
+            ]
+        ),
+        max_output_tokens=_limit(fields),
+    )
+
+
+def _model(model: object, route: Route) -> str | None:
+    if model is None:
+        if route.needs_model:
+            raise BadRequest("You must provide a model parameter.", param="model")
+        return None
+    if not isinstance(model, str) or not model:
+        raise BadRequest("The model parameter must be a non-empty string.", param="model")
+    return model
+
+
+def _limit(fields: _Fields) -> int | None:
+    for value in (fields.max_completion_tokens, fields.max_output_tokens, fields.max_tokens):
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def _decode_form(body: bytes, route: Route, boundary: bytes) -> InferenceRequest:
+    try:
+        fields = multipart.fields(body, boundary, _FORM_FIELDS)
+    except multipart.Malformed as error:
+        raise BadRequest(f"The request body could not be parsed as multipart/form-data: {error}.") from None
+    return InferenceRequest(
+        model=_model(fields.get("model"), route),
+        stream=fields.get("stream", "").strip().lower() in _TRUE_WORDS,
+        prompt_tokens_estimate=-(-len(fields.get("prompt", "")) // BYTES_PER_TOKEN),
     )
 
 
@@ -82,9 +149,10 @@ def ask_for_usage(body: bytes, request: InferenceRequest) -> bytes:
     """`body` of a stream `request` with ``stream_options.include_usage`` on, every other byte as it was.
 
     Only for a request with `add_usage`. vLLM's ``continuous_usage_stats`` means nothing to an engine until usage is included; where a client set it
-    without asking for usage it is turned off, or the engine would write what the client would not have seen.
+    without asking for usage it is turned off, or the engine would write what the client would not have seen. A body of
+    too many members is not searched: of two members of one name the last counts, with every engine.
     """
-    options = splice.find(body, "stream_options") if request.stream_options else None
+    options = splice.find(body, "stream_options") if request.stream_options and _is_searchable(body) else None
     if options is None:
         return splice.append(body, b'"stream_options":{"include_usage":true}')
     value = body[options.value : options.end]
@@ -116,6 +184,10 @@ def _declines_usage(options: object) -> bool:
     if isinstance(value, str):
         return value.lower() in _FALSE_WORDS
     return value is None or (isinstance(value, int | float) and value == 0)
+
+
+def _is_searchable(body: bytes) -> bool:
+    return sum(map(body.count, (b'"', b",", b"[", b"{"))) <= _MOST_MARKS
 
 
 def _with_usage(options: bytes) -> bytes:

@@ -103,5 +103,9 @@ def data_of(event: bytes) -> bytes:
     """The event's ``data``: of several ``data`` lines joined with LF, comments and other fields left out."""
     if event[:6] == b"data: " and event.find(b"\n", 6) == len(event) - 2 and b"\r" not in event:
         return event[6:-2]
+    if event[:7] == b"event: " and b"\r" not in event:
+        start = event.find(b"\n", 7) + 1
+        if event[start : start + 6] == b"data: " and event.find(b"\n", start) == len(event) - 2:
+            return event[start + 6 : -2]
     lines = [line[5:] for line in event.lstrip(b"\xef\xbb\xbf").splitlines() if line.startswith(b"data:")]
     return b"\n".join(line[1:] if line[:1] == b" " else line for line in lines)

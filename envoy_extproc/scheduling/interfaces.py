@@ -19,12 +19,20 @@ class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
         policy: the policy the client asks for by `routing-strategy`; None where it leaves that to us.
         pin: address from `target-pod-ip`; None where the client does not ask for one.
         subset: the addresses the picker protocol allows; None where it allows all, empty where it allows none.
+        selector: the label selector of `external-filter`; None where the client sends none.
+        prompt_tokens: how long its prompt is, estimated; 0 where it has none that can be read.
+        max_output_tokens: how long its answer may become; None where it does not say.
+        adapter: whether `model` is a LoRA adapter; who chooses finds that out.
     """
 
     model: str | None = None
     policy: str | None = None
     pin: str | None = None
     subset: tuple[str, ...] | None = None
+    selector: str | None = None
+    prompt_tokens: int = 0
+    max_output_tokens: int | None = None
+    adapter: bool = False
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -63,6 +71,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         candidates: who was left after filtering.
         filtered: names of endpoints taken out, by filter.
         scores: every scorer's word on the candidates.
+        missing: the scorers that had no data: some of a mixture, or all where another policy decided.
+        improvised: whether `policy` is a mixture that only this request's client wrote.
     """
 
     policy: str
@@ -73,6 +83,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     candidates: tuple[Candidate, ...] = ()
     filtered: tuple[tuple[str, tuple[str, ...]], ...] = ()
     scores: tuple[Scores, ...] = ()
+    missing: tuple[str, ...] = ()
+    improvised: bool = False
+
+    @property
+    def label(self) -> str:
+        """`policy` as a metric may show it: clients write any number of mixtures, so theirs are all `mix`."""
+        return "mix" if self.improvised else self.policy
 
 
 class MissingDataError(Exception):
@@ -126,7 +143,13 @@ class Picker(Protocol):
 
 @runtime_checkable
 class Remembering(Protocol):
-    """A filter, scorer or picker that remembers something by model, which must not outlive the model."""
+    """A filter, scorer or picker that remembers something by model, which must not outlive the model.
+
+    It learns from `remember` alone, so that a decision which is only explained leaves no trace.
+    """
+
+    def remember(self, request: SchedulingRequest, chosen: Candidate) -> None:
+        """Learns that `request` goes to `chosen`."""
 
     def keep_models(self, models: Collection[str]) -> None:
         """Forgets what it remembers of models other than these."""

@@ -67,8 +67,11 @@ class RoundRobinPicker:
         ring = sorted(candidates, key=lambda candidate: candidate.endpoint.address)
         last = self._last.get(request.model, "")
         turn = next((place for place, c in enumerate(ring) if c.endpoint.address > last), 0)
-        self._last[request.model] = ring[turn].endpoint.address
         return ring[turn:] + ring[:turn]
+
+    def remember(self, request: SchedulingRequest, chosen: Candidate) -> None:
+        """See `Remembering`."""
+        self._last[request.model] = chosen.endpoint.address
 
     def keep_models(self, models: Collection[str]) -> None:
         """See `Remembering`. None, whose turn is that of requests that name no model, is always kept."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 
+import msgspec
+
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.scheduling.interfaces import (
     Candidate,
@@ -17,6 +19,7 @@ from envoy_extproc.scheduling.interfaces import (
     Scorer,
     Scores,
 )
+from envoy_extproc.scheduling.scorers import spread
 
 
 class Profile:
@@ -25,9 +28,11 @@ class Profile:
     Args:
         name: the policy's name, as clients and configuration write it.
         picker: orders what the scorers scored.
-        scorers: with their weights; their sum decides. None at all is a picker's own choice.
+        scorers: with their weights; the weighted mean decides. None at all is a picker's own choice.
         filters: applied in order before scoring.
-        fallback: the profile that decides when a scorer has no data.
+        fallback: the profile that decides when no scorer has data.
+        mixed: whether every scorer's word is spread over the whole of 0 to 1 first, so that weights alone say how much it
+            counts; a scorer without data is then left out.
     """
 
     def __init__(
@@ -38,12 +43,16 @@ class Profile:
         scorers: Sequence[tuple[Scorer, float]] = (),
         filters: Sequence[Filter] = (),
         fallback: Profile | None = None,
+        mixed: bool = False,
     ) -> None:
         self.name = name
         self._picker = picker
         self._scorers = tuple(scorers)
         self._filters = tuple(filters)
         self._fallback = fallback
+        self._mixed = mixed
+        parts = (picker, *(scorer for scorer, _ in self._scorers), *self._filters)
+        self._remembering = tuple(part for part in parts if isinstance(part, Remembering))
 
     def run(
         self,
@@ -53,25 +62,25 @@ class Profile:
         *,
         tries: int = 3,
     ) -> Decision:
-        """Decides among `candidates`, of which there is at least one.
+        """Decides among `candidates`, of which there is at least one; nothing is remembered of it, see `remember`.
 
         Args:
             request: what is known of the request.
             candidates: who may be chosen.
             rng: breaks ties and draws samples.
             tries: how many endpoints the order names, the chosen one included.
+
+        Raises:
+            MissingDataError: no scorer has data, and there is no fallback.
         """
         left, filtered = self._filter(request, candidates)
         try:
-            scores = tuple(
-                Scores(scorer.name, weight, tuple(scorer.score(request, left)))
-                for scorer, weight in self._scorers
-            )
-        except MissingDataError as missing:
+            scores, missing = self._score(request, left)
+        except MissingDataError as nothing:
             if self._fallback is None:
                 raise
-            return self._fall_back(request, candidates, rng, tries, missing.reason)
-        ordered = self._picker.pick(request, left, _weighted(scores, len(left)), rng)
+            return self._fall_back(request, candidates, rng, tries, nothing.reason)
+        ordered = self._picker.pick(request, left, totals(scores, len(left)), rng)
         return Decision(
             policy=self.name,
             decided_by=self.name,
@@ -80,13 +89,20 @@ class Profile:
             candidates=tuple(left),
             filtered=filtered,
             scores=scores,
+            missing=missing,
         )
+
+    def remember(self, request: SchedulingRequest, decision: Decision) -> None:
+        """Lets its parts learn from a decision of `run` that is carried out."""
+        for part in self._remembering:
+            part.remember(request, decision.chosen)
+        if self._fallback is not None and decision.fallback_reason is not None:
+            self._fallback.remember(request, decision)
 
     def keep_models(self, models: Collection[str]) -> None:
         """Forgets what its parts remember of models other than these."""
-        for part in (self._picker, *(scorer for scorer, _ in self._scorers), *self._filters):
-            if isinstance(part, Remembering):
-                part.keep_models(models)
+        for part in self._remembering:
+            part.keep_models(models)
         if self._fallback is not None:
             self._fallback.keep_models(models)
 
@@ -97,10 +113,31 @@ class Profile:
         for step in self._filters:
             left = step.filter(request, candidates)
             if len(left) != len(candidates):
-                gone = tuple(candidate.endpoint.name for candidate in candidates if candidate not in left)
-                filtered.append((step.name, gone))
+                kept = {candidate.endpoint.address for candidate in left}
+                gone = [each.endpoint for each in candidates if each.endpoint.address not in kept]
+                filtered.append((step.name, tuple([endpoint.name for endpoint in gone])))
             candidates = left
         return candidates, tuple(filtered)
+
+    def _score(
+        self, request: SchedulingRequest, left: Sequence[Candidate]
+    ) -> tuple[tuple[Scores, ...], tuple[str, ...]]:
+        """Every scorer's word, and who had none."""
+        if not self._mixed:
+            return tuple(
+                [Scores(one.name, weight, tuple(one.score(request, left))) for one, weight in self._scorers]
+            ), ()
+        scores, missing = [], []
+        for scorer, weight in self._scorers:
+            try:
+                values = spread(scorer.score(request, left))
+            except MissingDataError as nothing:
+                missing.append((scorer.name, nothing))
+            else:
+                scores.append(Scores(scorer.name, weight, tuple(values)))
+        if not scores:
+            raise missing[0][1]
+        return tuple(scores), tuple([name for name, _ in missing])
 
     def _fall_back(
         self,
@@ -112,16 +149,20 @@ class Profile:
     ) -> Decision:
         assert self._fallback is not None
         decision = self._fallback.run(request, candidates, rng, tries=tries)
-        return Decision(
+        return msgspec.structs.replace(
+            decision,
             policy=self.name,
-            decided_by=decision.decided_by,
             fallback_reason=reason,
-            chosen=decision.chosen,
-            order=decision.order,
-            candidates=decision.candidates,
-            filtered=decision.filtered,
-            scores=decision.scores,
+            missing=tuple([scorer.name for scorer, _ in self._scorers]),
         )
+
+
+def totals(scores: Sequence[Scores], count: int) -> Sequence[float]:
+    """The weighted mean of all scores, for each of `count` candidates."""
+    if len(scores) == 1:
+        return scores[0].values
+    weight = sum([each.weight for each in scores]) or 1.0
+    return [sum([each.weight * each.values[place] for each in scores]) / weight for place in range(count)]
 
 
 def _order(ordered: Sequence[Candidate], tries: int) -> tuple[Endpoint, ...]:
@@ -131,9 +172,3 @@ def _order(ordered: Sequence[Candidate], tries: int) -> tuple[Endpoint, ...]:
     Envoy's own load balancer, which knows nothing of models, pins and subsets: another model's pod would answer.
     """
     return tuple([ordered[number % len(ordered)].endpoint for number in range(tries)])
-
-
-def _weighted(scores: Sequence[Scores], count: int) -> Sequence[float]:
-    if len(scores) == 1:
-        return scores[0].values
-    return [sum(each.weight * each.values[place] for each in scores) for place in range(count)]

@@ -13,11 +13,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 import structlog
+from google.protobuf import duration_pb2
 
+from envoy_extproc import orca
 from envoy_extproc._proto import access_log_pb2, base_pb2
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.errors import ErrorType
 from envoy_extproc.exchange import native
+from envoy_extproc.exchange.fault import fault_of_details
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.server.native_lane import NativeLane
 from envoy_extproc.server.wire import LUA_METADATA, METADATA, VIA_UPSTREAM, DecodeError
@@ -26,6 +29,9 @@ log = structlog.get_logger()
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 _QUIET_SECONDS = 60.0  # between two log lines about the same: a flood of requests is not a flood of lines
+_DEFECT = "{internal_error"
+"""What Envoy makes of the message with which the servicer ends a stream after a defect."""
+
 _TURN_SECONDS = 3.0
 """How long one log stream is read. Envoy opens the next one with the next server, so each hears that the log is wired."""
 
@@ -46,7 +52,9 @@ class AccessLog:
         lookup: the endpoint of an address.
         finished: told each report.
         bypassed: told how many requests had not come by here.
+        heard: told what the engine at an address said of its load, and when, in seconds of `clock`.
         clock: monotonic seconds.
+        wall_clock: seconds since 1970.
     """
 
     def __init__(
@@ -56,13 +64,17 @@ class AccessLog:
         lookup: Callable[[str], Endpoint | None],
         finished: Callable[[Report], None],
         bypassed: Callable[[int], None],
+        heard: Callable[[str, orca.Parsed, float], None] = lambda _address, _parsed, _at: None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._lane = lane
         self._lookup = lookup
         self._finished = finished
         self._bypassed = bypassed
+        self._heard = heard
         self._clock = clock
+        self._wall_clock = wall_clock
         self._said: dict[str, float] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._ending = False
@@ -124,12 +136,17 @@ class AccessLog:
 
     def _report(self, entry: LogEntry, facts: str) -> None:
         try:
-            report = native.report(decode(entry, facts), self._lookup)
+            decoded = decode(entry, facts)
+            report = native.report(decoded, self._lookup)
         except native.Malformed as error:
             self._say("entry_unreadable", reason=str(error), hint="written by another version of this server")
             return
         self._lane.report(report.request_id)
         self._finished(report)
+        if decoded.load and report.served_address is not None:
+            # Envoy's clock told when; how long ago that is holds on ours. A clock put back makes it now.
+            ago = max(0.0, self._wall_clock() - decoded.started - decoded.headers_after)
+            self._heard(report.served_address, orca.parse(decoded.load), self._clock() - ago)
 
     def _say(self, event: str, **fields: object) -> None:
         now = self._clock()
@@ -148,7 +165,8 @@ def is_bypass(entry: LogEntry) -> bool:
 def is_undecided(entry: LogEntry) -> bool:
     """Whether a request ended before it was routed: its client left, or Envoy refused it.
 
-    What this server refused it has reported itself, and so it has its own defects.
+    What this server refused it has reported itself, and so it has its own defects. Of a reply that came too late, or of a
+    stream to it that broke, it knows nothing: there the entry alone tells.
     """
     common = entry.common_properties
     namespaces = common.metadata.filter_metadata
@@ -156,7 +174,10 @@ def is_undecided(entry: LogEntry) -> bool:
         return False
     if namespaces[LUA_METADATA].fields["v"].number_value not in native.LUA_VERSIONS:
         return False  # it went by the stream lane, which has reported it
-    return not entry.response.response_code_details.startswith(("envoy_extproc_", "ext_proc_error"))
+    details = entry.response.response_code_details
+    return not (
+        details.startswith("envoy_extproc_") or (details.startswith("ext_proc_error") and _DEFECT in details)
+    )
 
 
 def decode(entry: LogEntry, facts: str) -> native.Entry:
@@ -182,6 +203,8 @@ def decode(entry: LogEntry, facts: str) -> native.Entry:
         notes=notes["answer"].string_value if "answer" in notes else "",
         usage=notes["usage"].string_value if "usage" in notes else "",
         error=notes["error"].string_value if "error" in notes else "",
+        load=notes["load"].string_value if "load" in notes else "",
+        headers_after=_seconds(common.time_to_first_upstream_rx_byte),
     )
 
 
@@ -198,13 +221,19 @@ def _has_notes(common: access_log_pb2.AccessLogCommon) -> bool:
 
 
 def _cut_by(flags: access_log_pb2.ResponseFlags, status: int | None, details: str) -> ErrorType | None:
-    """Who ended it before its end; None where it ended by itself, or Envoy gave an answer of its own instead."""
+    """Whose doing it was that it ended early; None where it ended by itself, or Envoy gave an answer of its own instead."""
     if flags.downstream_connection_termination or flags.downstream_remote_reset:
         return "client"
     if status is None:
-        return "client" if details.startswith("downstream") else "network"
+        return fault_of_details(details) or "network"
     begun = status < 300 or details.startswith("upstream_reset_after_response_started")
-    return "network" if begun and details not in ("", VIA_UPSTREAM) else None
+    if not begun or details in ("", VIA_UPSTREAM):
+        return None
+    return fault_of_details(details) or "network"
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
 
 
 def _address(common: access_log_pb2.AccessLogCommon) -> str | None:

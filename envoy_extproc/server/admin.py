@@ -13,8 +13,14 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from envoy_extproc.endpoints import EngineState
+from envoy_extproc.scheduling.explain import Asked, explain
 from envoy_extproc.scheduling.interfaces import Candidate, Decision, SchedulingRequest
+from envoy_extproc.server import explaining
 from envoy_extproc.server.director import Director
+
+_MOST_ASKED = 48 * 1024 * 1024
+"""Bytes of a question: the longest body there may be by default, in base64."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -27,6 +33,7 @@ class Admin:
         ready: whether new exchanges are welcome.
         director: what /debug looks at.
         debug_token: opens /debug from anywhere; None leaves it to loopback.
+        breaker: what the circuit breaker of an address does; None where there is none.
     """
 
     def __init__(
@@ -36,20 +43,23 @@ class Admin:
         ready: Callable[[], bool],
         director: Director,
         debug_token: str | None,
+        breaker: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         self._registry = registry
         self._ready = ready
         self._director = director
         self._debug_token = debug_token
+        self._breaker = breaker
 
     def app(self) -> web.Application:
         """The application to serve."""
-        app = web.Application()
+        app = web.Application(client_max_size=_MOST_ASKED)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/debug/endpoints", self._guarded(self._endpoints))
         app.router.add_get("/debug/decisions", self._guarded(self._decisions))
+        app.router.add_post("/debug/explain", self._guarded(self._explain))
         return app
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -85,17 +95,63 @@ class Admin:
         return hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), self._debug_token.encode())
 
     async def _endpoints(self, _: web.Request) -> web.Response:
-        director, now = self._director, time.monotonic()
-        return _json(
-            [_candidate(each, now) for each in director.candidates(director.snapshot.endpoints, now)]
+        now = time.monotonic()
+        described = [_endpoint(*each, now) for each in self._director.observed(now)]
+        return _json([each | {"breaker": self._breaker(each["address"])} for each in described])
+
+    async def _decisions(self, request: web.Request) -> web.Response:
+        now, director = time.monotonic(), self._director
+        limit, model = _limit(request.query.get("limit")), request.query.get("model")
+        wanted = [each for each in reversed(director.decisions) if model is None or each[1].model == model]
+        return _json([_decision(*each, director.asked(each[1]), now) for each in wanted[:limit]])
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        try:
+            question = explaining.decode(await request.read())
+        except explaining.QuestionError as error:
+            raise web.HTTPBadRequest(text=f"not a question: {error}\n") from None
+        now = time.monotonic()
+        answer = explaining.answer(question, lambda asked: self._director.explain(asked, now))
+        return web.Response(
+            status=answer.status,
+            headers=dict(answer.headers),
+            body=msgspec.json.format(answer.body, indent=2),
+            content_type="application/json",
         )
 
-    async def _decisions(self, _: web.Request) -> web.Response:
-        now = time.monotonic()
-        return _json([_decision(*each, now) for each in reversed(self._director.decisions)])
+
+def _limit(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise web.HTTPBadRequest(text="limit is a whole number\n")
+    return int(text)
 
 
-def _candidate(candidate: Candidate, now: float) -> Mapping[str, Any]:
+def _endpoint(candidate: Candidate, state: EngineState, avoided: bool, now: float) -> dict[str, Any]:
+    served = state.served
+    return _candidate(candidate, now) | {
+        "not_chosen": _not_chosen(state, avoided=avoided),
+        "scrape": {
+            "error": state.error,
+            "failures": state.failures,
+            "interval_seconds": state.interval,
+            "last_seconds_ago": None if state.stats is None else round(now - state.stats.at, 3),
+        },
+        "served": None if served is None else [{"id": each.id, "parent": each.parent} for each in served],
+    }
+
+
+def _not_chosen(state: EngineState, *, avoided: bool) -> str | None:
+    """Why other endpoints of its models come first; None where they do not."""
+    reasons = [
+        *(() if state.reachable else (f"unreachable: {state.error}",)),
+        *(("avoided: requests to it failed lately",) if avoided else ()),
+    ]
+    return "; ".join(reasons) or None
+
+
+def _candidate(candidate: Candidate, now: float) -> dict[str, Any]:
     endpoint, stats = candidate.endpoint, candidate.stats
     described = {
         "name": endpoint.name,
@@ -113,20 +169,27 @@ def _candidate(candidate: Candidate, now: float) -> Mapping[str, Any]:
     return described
 
 
-def _decision(at: float, request: SchedulingRequest, decision: Decision, now: float) -> Mapping[str, Any]:
+def _decision(
+    at: float, request: SchedulingRequest, decision: Decision, asked: Asked, now: float
+) -> Mapping[str, Any]:
     names = [candidate.endpoint.name for candidate in decision.candidates]
+    explained = explain(decision, asked, decision.candidates, model=request.model)
     return {
         "seconds_ago": round(now - at, 3),
         "model": request.model,
         "policy": decision.policy,
+        "source": asked.source,
         "decided_by": decision.decided_by,
         "fallback_reason": decision.fallback_reason,
+        "missing": decision.missing,
+        "because": explained.because,
         "order": [endpoint.name for endpoint in decision.order],
         "filtered": {name: list(gone) for name, gone in decision.filtered},
         "scores": {
             each.scorer: dict(zip(names, (round(value, 6) for value in each.values), strict=True))
             for each in decision.scores
         },
+        "weights": explained.weights,
         "candidates": [_candidate(candidate, at) for candidate in decision.candidates],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,23 +13,29 @@ import grpc
 import structlog
 from aiohttp import web
 
+from envoy_extproc import orca
 from envoy_extproc.discovery import Discovery
 from envoy_extproc.discovery.parse import parse_endpoints
 from envoy_extproc.discovery.static import FileDiscovery, StaticDiscovery
-from envoy_extproc.endpoints import Endpoint, Snapshot
-from envoy_extproc.engines.dialects import DIALECTS
+from envoy_extproc.endpoints import Endpoint, EngineState, Snapshot
+from envoy_extproc.engines.dialects import dialects
 from envoy_extproc.engines.scraper import Scraper, ScrapeSettings
 from envoy_extproc.exchange.exchange import ExchangeSettings
 from envoy_extproc.scheduling import registry
+from envoy_extproc.scheduling.explain import Explanation
+from envoy_extproc.scheduling.interfaces import SchedulingRequest
 from envoy_extproc.server.access_log import AccessLog
 from envoy_extproc.server.admin import Admin
+from envoy_extproc.server.catalogue import Catalogue
 from envoy_extproc.server.director import Director, RoutingRules
 from envoy_extproc.server.health import Health
 from envoy_extproc.server.native_lane import NativeLane
 from envoy_extproc.server.servicer import ExternalProcessor, Parts
 from envoy_extproc.settings import Settings
+from envoy_extproc.state.breakers import BreakerRules, Breakers
+from envoy_extproc.state.load_reports import LoadReports
 from envoy_extproc.state.memory import InFlight
-from envoy_extproc.state.refusals import Refusals
+from envoy_extproc.state.rates import Rates
 from envoy_extproc.telemetry import Hooks
 from envoy_extproc.telemetry.log import RequestLog
 from envoy_extproc.telemetry.prometheus import PrometheusMetrics
@@ -39,6 +46,11 @@ _STOP_GRACE_SECONDS = 5.0
 """For streams that end while the server stops. 0 would reset them, and Envoy then cuts its clients off."""
 
 _DRAIN_STEP_SECONDS = 0.05
+
+_ADAPTERS_SECONDS = 1.0  # engines are asked for their lists far less often
+
+_LOOK_SECONDS = 0.5  # beyond the time of one scrape: for its beat and the list of models
+_LOOK_STEP_SECONDS = 0.01
 
 _LOG_FLUSH_SECONDS = 0.5
 """For the entries of the last exchanges: Envoy writes each up to 0.1 s after its end (`buffer_flush_interval`)."""
@@ -63,27 +75,41 @@ class App:
         self._on_snapshot = on_snapshot
         self._in_flight = InFlight()
         self._lane = NativeLane(settings.responses.accounting)
+        self._breakers = Breakers(
+            BreakerRules(**settings.routing.breaker.model_dump()),
+            jitter=lambda: random.uniform(0.9, 1.1),  # noqa: S311  sets servers apart
+        )
         self._metrics = PrometheusMetrics(
             self._in_flight_rows,
             known=lambda model: model in self._director.snapshot.by_model,
             native=lambda: (self._lane.ended, self._lane.reported),
+            breakers=self._breakers.rows,
         )
         self._discovery = _discovery(settings)
         self._scraper = Scraper(
             random.Random(),  # noqa: S311  phases, not secrets
             _scrape_settings(settings),
+            dialects=dialects(settings.engines.dialects),
+            busy=lambda address: self._in_flight.count(address) > 0,
             on_failure=lambda endpoint, _: self._metrics.scrape_failed(endpoint.name),
         )
-        refusals = Refusals()
+        self._rates = Rates()
+        self._load_reports = LoadReports()
         self._director = Director(
             profiles=registry.build(),
             rules=_rules(settings),
             in_flight=self._in_flight.count,
             states=self._scraper.states,
             rng=random.Random(),  # noqa: S311  breaks ties
-            avoided=refusals.avoided,
+            avoided=self._breakers.avoided,
+            fresher=self._load_reports.fresher,
+            chosen=self._scraper.hurry,
         )
-        hook = Hooks(self._metrics, RequestLog(), refusals)
+        self._catalogue = Catalogue(
+            self._scraper.states, avoided=self._breakers.avoided, created=int(time.time())
+        )
+        self._discovered = Snapshot()
+        hook = Hooks(self._metrics, RequestLog(), self._breakers)
         self._processor = ExternalProcessor(
             Parts(
                 settings=_exchange_settings(settings),
@@ -91,6 +117,9 @@ class App:
                 in_flight=self._in_flight,
                 hook=hook,
                 lane=self._lane,
+                catalogue=self._catalogue,
+                rates=self._rates,
+                heard=self._engine_told,
                 hold=settings.responses.hold_streams,
             ),
             message_unknown=self._metrics.message_unknown,
@@ -100,6 +129,7 @@ class App:
             lookup=self._director.lookup,
             finished=hook.finished,
             bypassed=self._metrics.bypassed,
+            heard=self._engine_told,
         )
         self._health = Health()
         self._admin = Admin(
@@ -107,6 +137,7 @@ class App:
             ready=lambda: self._health.ready,
             director=self._director,
             debug_token=settings.server.debug_token,
+            breaker=self._breakers.describe,
         )
         self.ext_proc_port = 0
         self.admin_port = 0
@@ -119,22 +150,64 @@ class App:
             OSError: a port cannot be had.
         """
         async with self._grpc() as server, self._http(), asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._discover()), group.create_task(self._scraper.run())]
+            work = (self._discover(), self._scraper.run(), self._follow_adapters())
+            tasks = [group.create_task(each) for each in work]
             log.info("serving", ext_proc_port=self.ext_proc_port, admin_port=self.admin_port)
             await stop.wait()
             await self._drain(server)
             for task in tasks:
                 task.cancel()
 
+    async def look(self) -> Callable[[SchedulingRequest], Explanation]:
+        """Asks every engine once, without serving; returns what explains requests by what they said.
+
+        Raises:
+            EndpointError: discovery has nothing valid.
+        """
+        self._discovered = await anext(self._discovery.snapshots())
+        self._scraper.update(self._discovered)
+        async with asyncio.TaskGroup() as group:
+            scraping = group.create_task(self._scraper.run())
+            await self._hear_of_all()
+            scraping.cancel()
+        self._choose_among(self._catalogue.with_adapters(self._discovered))
+        now = time.monotonic()
+        return lambda request: self._director.explain(request, now)
+
+    async def _hear_of_all(self) -> None:
+        """Waits until every engine has answered or failed, though not for one that never will."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._settings.engines.scrape_timeout_ms / 1000 + _LOOK_SECONDS
+        while clock() < until and not all(  # noqa: ASYNC110  the scraper keeps states, not events
+            map(_heard_of, self._scraper.states.values())
+        ):
+            await asyncio.sleep(_LOOK_STEP_SECONDS)
+
     async def _discover(self) -> None:
         async for snapshot in self._discovery.snapshots():
             self._on_snapshot(snapshot)
-            self._metrics.snapshot_changed(self._director.snapshot, snapshot)
-            self._director.update(snapshot)
+            self._discovered = snapshot
             self._scraper.update(snapshot)
+            self._choose_among(self._catalogue.with_adapters(snapshot))
             log.info("endpoints", count=len(snapshot.endpoints), models=list(snapshot.models))
             if not self._health.ready:
                 await self._health.set_ready(True)
+
+    async def _follow_adapters(self) -> None:
+        """Adapters come and go in a pod without a word from discovery."""
+        while True:
+            await asyncio.sleep(_ADAPTERS_SECONDS)
+            snapshot = self._catalogue.with_adapters(self._discovered)
+            if snapshot != self._director.snapshot:
+                log.info("adapters", models=list(snapshot.models))
+                self._choose_among(snapshot)
+
+    def _choose_among(self, snapshot: Snapshot) -> None:
+        self._metrics.snapshot_changed(self._director.snapshot, snapshot)
+        self._breakers.update(snapshot)
+        self._rates.update(snapshot)
+        self._load_reports.update(snapshot)
+        self._director.update(snapshot)
 
     async def _drain(self, server: grpc.aio.Server) -> None:
         """Readiness off, then wait for the streams under way, then give back what is left, then stop."""
@@ -197,6 +270,12 @@ class App:
         finally:
             await runner.cleanup()
 
+    def _engine_told(self, address: str, parsed: orca.Parsed, at: float) -> None:
+        if parsed.report is not None:
+            self._load_reports.note(address, parsed.report, at)
+        elif parsed.flaw is not None:
+            self._metrics.load_report_unread(parsed.flaw)
+
     def _in_flight_rows(self) -> Iterator[tuple[str, str, int]]:
         for model, address, count in self._in_flight:
             endpoint = self._director.lookup(address)
@@ -212,13 +291,14 @@ def static_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
     source = settings.discovery.static
     if source is None or source.endpoints is None:
         return ()
-    return parse_endpoints({"endpoints": [dict(each) for each in source.endpoints]}, engines=DIALECTS.keys())
+    engines = dialects(settings.engines.dialects).keys()
+    return parse_endpoints({"endpoints": [dict(each) for each in source.endpoints]}, engines=engines)
 
 
 def _discovery(settings: Settings) -> Discovery:
     source = settings.discovery.static
     if source is not None and source.file is not None:
-        return FileDiscovery(source.file, engines=DIALECTS.keys())
+        return FileDiscovery(source.file, engines=dialects(settings.engines.dialects).keys())
     return StaticDiscovery(static_endpoints(settings))
 
 
@@ -250,7 +330,12 @@ def _exchange_settings(settings: Settings) -> ExchangeSettings:
         max_event_bytes=settings.responses.max_event_bytes,
         max_json_bytes=settings.responses.max_json_bytes,
         clear_route_cache=settings.routing.clear_route_cache,
+        load_report=settings.responses.load_report,
     )
+
+
+def _heard_of(state: EngineState) -> bool:
+    return state.error is not None or (state.stats is not None and state.served is not None)
 
 
 def _rules(settings: Settings) -> RoutingRules:
@@ -260,6 +345,8 @@ def _rules(settings: Settings) -> RoutingRules:
     return RoutingRules(
         policy=settings.routing.policy,
         model_policies=policies,
+        locked=frozenset(name for name, model in settings.models.items() if model.locked),
+        allow_strategy_header=settings.routing.allow_strategy_header,
         tries=settings.routing.tries,
         allow_pinning=settings.routing.allow_pinning,
         max_stats_age=settings.engines.max_stats_age_ms / 1000,
@@ -270,6 +357,8 @@ def _scrape_settings(settings: Settings) -> ScrapeSettings:
     engines = settings.engines
     return ScrapeSettings(
         interval=engines.scrape_interval_ms / 1000,
+        idle_interval=engines.idle_interval_ms / 1000,
+        models_interval=engines.models_interval_ms / 1000,
         timeout=engines.scrape_timeout_ms / 1000,
         max_bytes=engines.max_scrape_bytes,
     )

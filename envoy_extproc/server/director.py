@@ -5,16 +5,24 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import msgspec
 
 from envoy_extproc.endpoints import Endpoint, EngineState, EngineStats, Snapshot
-from envoy_extproc.errors import UnknownStrategy
+from envoy_extproc.scheduling import lora
+from envoy_extproc.scheduling.explain import Asked, Explanation, Source, explain
 from envoy_extproc.scheduling.interfaces import Candidate, Decision, SchedulingRequest
-from envoy_extproc.scheduling.pool import pool
-from envoy_extproc.scheduling.profile import Profile
+from envoy_extproc.scheduling.pool import left_out, pool
+from envoy_extproc.scheduling.registry import Policies
 
 _UNKNOWN = EngineState()
+
+_MISSED_SCRAPES = 2.5
+"""Intervals after which what an engine said is old: one scrape may fail, and the next be late."""
+
+_ADAPTERS_AGE = 2.0
+"""Seconds for which the list of adapters is kept. A new one is routed by load until then, which is no mistake."""
 
 
 class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,13 +31,17 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         policy: for whoever asks for none.
         model_policies: instead of `policy`, by model.
+        locked: the models whose policy no client can change.
+        allow_strategy_header: whether `routing-strategy` is honoured.
         tries: endpoints named to Envoy for one request, some more than once where there are fewer.
         allow_pinning: whether `target-pod-ip` is honoured.
-        max_stats_age: seconds after which what an engine said is not believed.
+        max_stats_age: seconds after which what an engine said is not believed; longer where it is asked more seldom.
     """
 
     policy: str = "least-request"
     model_policies: Mapping[str, str] = msgspec.field(default_factory=dict)
+    locked: AbstractSet[str] = frozenset()
+    allow_strategy_header: bool = True
     tries: int = 3
     allow_pinning: bool = False
     max_stats_age: float = 2.0
@@ -39,24 +51,31 @@ class Director:
     """Decides for each request by the state of the moment.
 
     Args:
-        profiles: the policies by name.
+        profiles: the policies.
         rules: what the operator says.
         in_flight: exchanges on an address now.
         states: what the scraper knows, by address.
         rng: breaks ties.
         avoided: whether the pod at an address failed so lately that another one should be asked.
+        fresher: what the engine at an address last said, in an answer or in the scrape that is given.
+        chosen: is told the address of every endpoint that is chosen.
         remember: how many of the last decisions are kept for people to look at.
+
+    Raises:
+        UnknownStrategy: `rules` name a policy there is not.
     """
 
     def __init__(
         self,
         *,
-        profiles: Mapping[str, Profile],
+        profiles: Policies,
         rules: RoutingRules,
         in_flight: Callable[[str], int],
         states: Mapping[str, EngineState],
         rng: random.Random,
         avoided: Callable[[str, float], bool] = lambda _address, _now: False,
+        fresher: Callable[[str, EngineStats | None], EngineStats | None] = lambda _address, scraped: scraped,
+        chosen: Callable[[str], None] = lambda _address: None,
         remember: int = 100,
     ) -> None:
         self.snapshot = Snapshot()
@@ -67,12 +86,17 @@ class Director:
         self._states = states
         self._rng = rng
         self._avoided = avoided
+        self._fresher = fresher
+        self._chosen = chosen
+        written = (rules.policy, *rules.model_policies.values())
+        self._named = {*profiles, *(profiles.find(text).name for text in written)}
+        self._adapters: AbstractSet[str] = frozenset()
+        self._adapters_until = float("-inf")
 
     def update(self, snapshot: Snapshot) -> None:
         """Decides among the endpoints of `snapshot` from now on; policies forget models that nobody serves any more."""
         self.snapshot = snapshot
-        for profile in self._profiles.values():
-            profile.keep_models(snapshot.by_model.keys())
+        self._profiles.keep_models(snapshot.by_model.keys())
 
     def lookup(self, address: str) -> Endpoint | None:
         """The endpoint of an address; None if discovery does not know it."""
@@ -84,43 +108,89 @@ class Director:
         Raises:
             GatewayError: it goes nowhere; the error says why.
         """
-        profile = self._profile(request)
-        endpoints = pool(self.snapshot, request, allow_pinning=self._rules.allow_pinning)
-        candidates = self.candidates(endpoints, now)
+        asked = self.asked(request)
+        profile = self._profiles.find(asked.policy)
+        request, candidates = self._join(request, now)
         decision = profile.run(request, candidates, self._rng, tries=self._rules.tries)
+        if profile.name not in self._named:
+            decision = msgspec.structs.replace(decision, improvised=True)
+        profile.remember(request, decision)
         self.decisions.append((now, request, decision))
+        self._chosen(decision.chosen.endpoint.address)
         return decision
+
+    def explain(self, request: SchedulingRequest, now: float) -> Explanation:
+        """Where `request` would go at `now`, and why. Nobody's turn, count or chance is changed by it.
+
+        Raises:
+            GatewayError: it would go nowhere; the error says why.
+        """
+        asked = self.asked(request)
+        profile = self._profiles.find(asked.policy)
+        request, candidates = self._join(request, now)
+        chance = random.Random()  # noqa: S311  breaks ties
+        chance.setstate(self._rng.getstate())
+        decision = profile.run(request, candidates, chance, tries=self._rules.tries)
+        out = left_out(self.snapshot, request, allow_pinning=self._rules.allow_pinning)
+        others = [endpoint for endpoint in self.snapshot.endpoints if endpoint.address in out]
+        return explain(
+            decision, asked, [*candidates, *self.candidates(others, now)], model=request.model, left_out=out
+        )
+
+    def asked(self, request: SchedulingRequest) -> Asked:
+        """Whose policy counts for `request`: a locked model's, then the client's, then the model's, then everybody's."""
+        rules, model = self._rules, request.model or ""
+        own = rules.model_policies.get(model)
+        source: Source
+        if own is not None and model in rules.locked:
+            source, policy = "locked", own
+        elif request.policy is not None and rules.allow_strategy_header:
+            source, policy = "header", request.policy
+        elif own is not None:
+            source, policy = "model", own
+        else:
+            source, policy = "routing", rules.policy
+        return Asked(policy, source, None if source == "header" else request.policy)
 
     def candidates(self, endpoints: Sequence[Endpoint], now: float) -> list[Candidate]:
         """The endpoints as they are at `now`."""
-        states, in_flight, oldest = self._states, self._in_flight, now - self._rules.max_stats_age
-        avoided = self._avoided
+        states, in_flight, patience = self._states, self._in_flight, self._rules.max_stats_age
+        avoided, fresher = self._avoided, self._fresher
         joined = []
         for endpoint in endpoints:
             address = endpoint.address
             state = states.get(address, _UNKNOWN)
+            scraped = _fresh(state.stats, state, now, patience)
             joined.append(
                 Candidate(
                     endpoint,
                     in_flight(address),
-                    _fresh(state.stats, oldest),
+                    _fresh(fresher(address, scraped), state, now, patience),
                     state.reachable and not avoided(address, now),
                 )
             )
         return joined
 
-    def _profile(self, request: SchedulingRequest) -> Profile:
-        name = request.policy
-        if name is None:
-            name = self._rules.model_policies.get(request.model or "", self._rules.policy)
-        profile = self._profiles.get(name)
-        if profile is None:
-            known = ", ".join(self._profiles)
-            raise UnknownStrategy(
-                f"There is no routing strategy {name[:64]!r}; there are {known}.", param="routing-strategy"
-            )
-        return profile
+    def observed(self, now: float) -> list[tuple[Candidate, EngineState, bool]]:
+        """Every endpoint, what the scraper knows of it, and whether requests to it failed lately."""
+        endpoints = self.snapshot.endpoints
+        return [
+            (candidate, self._states.get(endpoint.address, _UNKNOWN), self._avoided(endpoint.address, now))
+            for endpoint, candidate in zip(endpoints, self.candidates(endpoints, now), strict=True)
+        ]
+
+    def _join(self, request: SchedulingRequest, now: float) -> tuple[SchedulingRequest, list[Candidate]]:
+        endpoints = pool(self.snapshot, request, allow_pinning=self._rules.allow_pinning)
+        if now >= self._adapters_until:
+            self._adapters = lora.adapters(self._states.values())
+            self._adapters_until = now + _ADAPTERS_AGE
+        if request.model in self._adapters:
+            request = msgspec.structs.replace(request, adapter=True)
+        return request, self.candidates(endpoints, now)
 
 
-def _fresh(stats: EngineStats | None, oldest: float) -> EngineStats | None:
-    return stats if stats is not None and stats.at >= oldest else None
+def _fresh(stats: EngineStats | None, state: EngineState, now: float, patience: float) -> EngineStats | None:
+    if stats is None:
+        return None
+    age = now - stats.at
+    return stats if age <= patience or age <= _MISSED_SCRAPES * state.interval else None

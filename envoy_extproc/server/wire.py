@@ -246,7 +246,7 @@ def header_value(value: str) -> bytes:
 
 def report_value(report: LoadReport) -> str:
     """The value of ``endpoint-load-metrics``."""
-    fields = orca.fields(report.candidate)
+    fields = orca.fields(report.candidate, report.rate)
     if report.form == "BIN":
         return orca.binary(_orca_message(fields))
     return orca.text(fields) if report.form == "TEXT" else orca.json(fields)
@@ -258,10 +258,8 @@ def _orca_message(fields: Mapping[str, float]) -> bytes:
         named = name.removeprefix("named_metrics.")
         if named != name:
             message.named_metrics[named] = value
-        elif name == "rps_fractional":
-            message.rps_fractional = value
-        elif name == "mem_utilization":
-            message.mem_utilization = value
+        else:
+            setattr(message, name, value)
     return message.SerializeToString()
 
 

@@ -67,10 +67,13 @@ class Engine:
     Attributes:
         options: what it was made with.
         requests: what it received, whatever the path, the latest `kept_requests` of it.
+        faults: what goes wrong with every answer to a request that asks for no faults itself; `/health` and `/metrics`
+            stay as they are. It may be changed at any time, for the requests from then on.
     """
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
+        self.faults = options.faults
         self.requests: deque[Received] = deque(maxlen=options.kept_requests)
         self._batch: Batch[Choice] = Batch(options)
         self._timer: asyncio.TimerHandle | None = None
@@ -171,8 +174,20 @@ class Engine:
             if due is not None and due <= now:
                 for choice in self._batch.step(now):
                     choice.answer.token(choice)
+                    if choice.finished:
+                        self._count(choice, now)
         finally:
             self._arm()
+
+    def _count(self, choice: Choice, now: float) -> None:
+        prefill = self._batch.prefill_seconds(choice.prompt_tokens - choice.cached_tokens)
+        self._batch.stats.request_ended(
+            queue=max(0.0, choice.ready_at - prefill - choice.arrived),
+            prefill=prefill,
+            decode=max(0.0, now - choice.ready_at),
+            prompt_tokens=choice.prompt_tokens,
+            generation_tokens=0 if choice.pooled else choice.generated,
+        )
 
     @staticmethod
     def _now() -> float:
@@ -206,7 +221,7 @@ class Engine:
         return await self._generate("completions", request, body)
 
     async def _generate(self, kind: Kind, request: web.Request, body: bytes) -> web.StreamResponse:
-        faults = await _faults(request)
+        faults = await self._faults(request)
         asked = read_generation(kind, body, self.options, faults.tokens)
         head = self._head(answer_id(kind, _request_id(request)), asked.model)
         if asked.stream:
@@ -221,7 +236,7 @@ class Engine:
         return _json(whole_answer(head, asked, texts, usage), headers=headers, faults=faults)
 
     async def _embeddings(self, request: web.Request, body: bytes) -> web.StreamResponse:
-        faults = await _faults(request)
+        faults = await self._faults(request)
         asked = read_embedding(body, self.options)
         answer = Answer(faults, request.transport)
         answer.choices = [
@@ -296,6 +311,19 @@ class Engine:
         ]
         return answer.choices
 
+    async def _faults(self, request: web.Request) -> Faults:
+        """The faults asked for; lets those happen that come before the request is looked at."""
+        asked = request.headers.get(HEADER)
+        try:
+            faults = self.faults if asked is None else Faults.parse(asked)
+        except ValueError as error:
+            raise Refusal(str(error)) from None
+        if faults.delay:
+            await asyncio.sleep(faults.delay)
+        if faults.error is not None:
+            raise Refusal.of_status(faults.error)
+        return faults
+
     def _head(self, name: str, model: str) -> Head:
         return Head(name, int(time.time()), model, self.options.fingerprint)
 
@@ -333,22 +361,6 @@ async def run_engine(options: EngineOptions, *, started: asyncio.Event | None = 
         await asyncio.Event().wait()
     finally:
         await engine.stop()
-
-
-async def _faults(request: web.Request) -> Faults:
-    """Reads the faults asked for, and lets those happen that come before the request is looked at."""
-    asked = request.headers.get(HEADER)
-    if asked is None:
-        return NONE
-    try:
-        faults = Faults.parse(asked)
-    except ValueError as error:
-        raise Refusal(str(error)) from None
-    if faults.delay:
-        await asyncio.sleep(faults.delay)
-    if faults.error is not None:
-        raise Refusal.of_status(faults.error)
-    return faults
 
 
 def _request_id(request: web.Request) -> str:

@@ -1,5 +1,7 @@
 """The header `x-simulate`: what a test or the demo wants to go wrong, as a comma list of `key` or `key=value`.
 
+An engine that is to fail whatever it is asked has the same as `EngineOptions.faults`; the header wins.
+
 | key | the engine |
 |---|---|
 | `error=STATUS` | answers with vLLM's JSON error of that status, streams too |

@@ -23,6 +23,7 @@ _ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
 _ITL_BOUNDS = (*_ITL, 10.0, 20.0, 40.0, 80.0)
 _E2E = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
 _E2E_BOUNDS = (*_E2E, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+_TOKEN_BOUNDS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 
 
 class Histogram:
@@ -63,6 +64,21 @@ class Stats:
     time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_TTFT_BOUNDS))
     inter_token_latency: Histogram = field(default_factory=lambda: Histogram(_ITL_BOUNDS))
     e2e_latency: Histogram = field(default_factory=lambda: Histogram(_E2E_BOUNDS))
+    queue_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BOUNDS))
+    prefill_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BOUNDS))
+    decode_time: Histogram = field(default_factory=lambda: Histogram(_E2E_BOUNDS))
+    request_prompt_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKEN_BOUNDS))
+    request_generation_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKEN_BOUNDS))
+
+    def request_ended(
+        self, *, queue: float, prefill: float, decode: float, prompt_tokens: int, generation_tokens: int
+    ) -> None:
+        """Counts a request that has taken its last token; times are seconds."""
+        self.queue_time.observe(queue)
+        self.prefill_time.observe(prefill)
+        self.decode_time.observe(decode)
+        self.request_prompt_tokens.observe(prompt_tokens)
+        self.request_generation_tokens.observe(generation_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +136,13 @@ class _Families(Collector):
         )
         yield self._histogram("inter_token_latency_seconds", "Between tokens.", stats.inter_token_latency)
         yield self._histogram("e2e_request_latency_seconds", "End to end.", stats.e2e_latency)
+        yield self._histogram("request_queue_time_seconds", "Spent in the queue.", stats.queue_time)
+        yield self._histogram("request_prefill_time_seconds", "Spent in prefill.", stats.prefill_time)
+        yield self._histogram("request_decode_time_seconds", "Spent in decode.", stats.decode_time)
+        yield self._histogram("request_prompt_tokens", "Prefill tokens.", stats.request_prompt_tokens)
+        yield self._histogram(
+            "request_generation_tokens", "Generation tokens.", stats.request_generation_tokens
+        )
 
     def _cache_config(self) -> Metric:
         labels = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
+from envoy_extproc.simulation.faults import NONE, Faults
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -25,6 +27,7 @@ class EngineOptions:
         answer_tokens: length of an answer to which the request sets no limit.
         usage_null: write `"usage":null` in the events without usage once usage is asked for, as OpenAI does.
         kept_requests: how many received requests, the latest, stay in `Engine.requests`.
+        faults: what goes wrong with every answer, from the start.
     """
 
     host: str = "127.0.0.1"  # a simulation is nobody else's business
@@ -41,6 +44,7 @@ class EngineOptions:
     answer_tokens: int = 64  # long enough to see it stream, short enough to wait for
     usage_null: bool = False  # vLLM 0.32 writes no usage key there
     kept_requests: int = 10_000  # a 2,000-stream test five times over
+    faults: Faults = NONE  # an engine that works
 
     @property
     def fingerprint(self) -> str:

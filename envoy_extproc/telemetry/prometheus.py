@@ -7,7 +7,7 @@ Buckets of the gen_ai histograms are OpenTelemetry's advice (semantic convention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -32,6 +32,9 @@ _BY_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
 InFlightRows = Callable[[], Iterable[tuple[str, str, int]]]
 """(model, endpoint's name, exchanges) of all that have any."""
 
+BreakerRows = Callable[[], Iterable[tuple[str, int, Mapping[str, int]]]]
+"""(endpoint's name, state, openings by reason) of every endpoint; states are 0 closed, 1 half-open, 2 open."""
+
 NativeCounts = Callable[[], tuple[int, int]]
 """Exchanges of the native lane: ended, reported."""
 
@@ -52,6 +55,32 @@ class _InFlightCollector(Collector):
         for model, endpoint, count in self._rows():
             gauge.add_metric([model, endpoint], count)
         yield gauge
+
+
+class _BreakerCollector(Collector):
+    """Likewise of the breakers: a state that has ended by itself is told as it is now."""
+
+    def __init__(self, rows: BreakerRows) -> None:
+        self._rows = rows
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauge, and a counter by reason."""
+        states = GaugeMetricFamily(
+            "envoy_extproc_endpoint_breaker_state",
+            "Whether an endpoint is left alone: 0 closed, 1 half-open, 2 open.",
+            labels=["endpoint"],
+        )
+        opened = CounterMetricFamily(
+            "envoy_extproc_breaker_opened",
+            "Times an endpoint's breaker opened, by what was wrong.",
+            labels=["endpoint", "reason"],
+        )
+        for endpoint, state, openings in self._rows():
+            states.add_metric([endpoint], state)
+            for reason, count in openings.items():
+                opened.add_metric([endpoint, reason], count)
+        yield states
+        yield opened
 
 
 class _NativeCollector(Collector):
@@ -85,6 +114,7 @@ class PrometheusMetrics:
         in_flight: what the in-flight gauge shows.
         known: whether discovery knows a model of that name now; others share one label.
         native: the native lane's counts.
+        breakers: what the breakers' gauge and counter show.
 
     Attributes:
         registry: all of them, for the exposition.
@@ -96,6 +126,7 @@ class PrometheusMetrics:
         *,
         known: Callable[[str], bool],
         native: NativeCounts = lambda: (0, 0),
+        breakers: BreakerRows = lambda: (),
     ) -> None:
         self._known = known
         self.registry = registry = CollectorRegistry(auto_describe=True)
@@ -103,6 +134,7 @@ class PrometheusMetrics:
             collector(registry=registry)
         registry.register(_InFlightCollector(in_flight))
         registry.register(_NativeCollector(native))
+        registry.register(_BreakerCollector(breakers))
         self._measures()
         self._requests = self._counter("requests", "Exchanges, by how they ended.", "model", "outcome")
         self._errors = self._counter(
@@ -115,6 +147,9 @@ class PrometheusMetrics:
         self._bypassed = self._counter("bypassed_requests", "Requests Envoy served without this server.")
         self._retries = self._counter("retries", "Pods asked in vain before another one answered.", "model")
         self._unread = self._counter("unread_responses", "Answers that could not be read.", "reason")
+        self._load_reports_unread = self._counter(
+            "unread_load_reports", "ORCA reports of engines that could not be read.", "reason"
+        )
         self._oversized = self._counter("oversized_events", "Events or bodies too large to be parsed.")
         self._unreadable = self._counter("unreadable_events", "Events or bodies of no known shape.")
         self._unexpected = self._counter(
@@ -157,9 +192,9 @@ class PrometheusMetrics:
 
     def decided(self, decision: Decision, seconds: float) -> None:
         """See `Hook`."""
-        self._decision.labels(decision.policy).observe(seconds)
+        self._decision.labels(decision.label).observe(seconds)
         if decision.fallback_reason is not None:
-            self._fallbacks.labels(decision.policy, decision.fallback_reason).inc()
+            self._fallbacks.labels(decision.label, decision.fallback_reason).inc()
 
     def finished(self, report: Report) -> None:
         """See `Hook`."""
@@ -172,6 +207,10 @@ class PrometheusMetrics:
         self._usage.labels(report.usage_source).inc()
         self._measure(report, model)
         self._count_oddities(report)
+
+    def load_report_unread(self, reason: str) -> None:
+        """An engine's ORCA report could not be read, for a reason of `orca.Flaw`."""
+        self._load_reports_unread.labels(reason).inc()
 
     def message_unknown(self) -> None:
         """A message of a kind not known came."""

@@ -166,7 +166,7 @@ async def test_no_client_header_picks_an_address_without_a_body(
 ) -> None:
     request_id = new_id()
     headers = {"x-request-id": request_id, header: "169.254.169.254:80"}
-    async with http.get("/v1/models", headers=headers) as answer:
+    async with http.get("/health", headers=headers) as answer:
         assert answer.status == 200
     _, seen, _ = gateway.received(request_id)[0]
     assert seen[header].split(",")[0] in {engine.address for engine in gateway.engines.values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -13,6 +14,7 @@ import aiohttp
 import pytest
 import yaml
 
+from envoy_extproc.explain import question, there
 from envoy_extproc.simulation.stack import free_port
 from tests.support.gateway import MODEL, Gateway, chat, eventually, fast_engines, new_id
 
@@ -53,7 +55,7 @@ async def test_least_kv_cache_follows_the_engines(directory: Path) -> None:
     async with fast_engines(2, kv_blocks=64, tpot_seconds=0.5) as engines:
         config: dict[str, dict[str, Any]] = {
             "routing": {"policy": "least-kv-cache"},
-            "engines": {"scrape_interval_ms": 50},
+            "engines": {"scrape_interval_ms": 50, "idle_interval_ms": 50},  # the load comes past the gateway
         }
         async with Gateway(directory, engines=engines, config=config) as gateway:
             full = engines[0]
@@ -92,6 +94,118 @@ async def test_policy_without_its_data_says_so(directory: Path) -> None:
                 "envoy_extproc_policy_fallbacks_total", policy="least-kv-cache", reason="no-stats"
             )
             assert fallbacks == 1
+
+
+async def test_least_latency_learns_who_is_quick(directory: Path) -> None:
+    async with fast_engines(1, tpot_seconds=0.03) as slow, fast_engines(2, tpot_seconds=0.003) as engines:
+        quick = engines[1]
+        pods = [{"name": "slow", "address": slow[0].address, "models": [MODEL]}]
+        config = {"engines": {"scrape_interval_ms": 50}}
+        async with Gateway(directory, engines=[quick], pods=pods, config=config) as gateway:
+            async with aiohttp.ClientSession(gateway.url) as http:
+                for pod in ("slow", quick.options.name) * 3:
+                    headers = {"routing-strategy": "round-robin"}
+                    async with http.post(
+                        CHAT, json=chat(max_tokens=20, ignore_eos=True), headers=headers
+                    ) as answer:
+                        assert answer.status == 200, pod
+                await asyncio.sleep(0.3)
+                request_id = new_id()
+                headers = {"routing-strategy": "least-latency", "x-request-id": request_id}
+                async with http.post(
+                    CHAT, json=chat(max_tokens=20, ignore_eos=True), headers=headers
+                ) as answer:
+                    assert answer.headers["routing-strategy"] == "least-latency"
+                    assert answer.headers["target-pod"] == quick.options.name
+
+
+async def test_clients_mix_policies(directory: Path) -> None:
+    config: dict[str, dict[str, Any]] = {
+        "routing": {"policy": "least-kv-cache:1,least-request:9"},
+        "engines": {"scrape_interval_ms": 50},
+    }
+    async with fast_engines(2) as engines, Gateway(directory, engines=engines, config=config) as gateway:
+        async with aiohttp.ClientSession(gateway.url) as http:
+            await asyncio.sleep(0.3)
+            for asked, decided in {
+                "": "least-kv-cache:1,least-request:9",
+                " least-kv-cache:2 , least-request ": "least-kv-cache:2,least-request:1",
+                "least-kv-cache:0,least-request": "least-request",
+            }.items():
+                headers = {"routing-strategy": asked} if asked else {}
+                async with http.post(CHAT, json=chat(max_tokens=1), headers=headers) as answer:
+                    assert (answer.status, answer.headers["routing-strategy"]) == (200, decided)
+            headers = {"routing-strategy": "least-kv-cache:2,random"}
+            async with http.post(CHAT, json=chat(), headers=headers) as answer:
+                assert answer.status == 400
+                error = (await answer.json())["error"]
+        assert (error["param"], "does not score" in error["message"]) == ("routing-strategy", True)
+
+
+async def test_a_locked_model_keeps_its_policy(directory: Path) -> None:
+    config: dict[str, dict[str, Any]] = {"models": {MODEL: {"policy": "round-robin", "locked": True}}}
+    async with fast_engines(1) as engines, Gateway(directory, engines=engines, config=config) as gateway:
+        async with aiohttp.ClientSession(gateway.url) as http:
+            for asked in ("random", "no-such-policy"):
+                async with http.post(
+                    CHAT, json=chat(max_tokens=1), headers={"routing-strategy": asked}
+                ) as answer:
+                    assert (answer.status, answer.headers["routing-strategy"]) == (200, "round-robin")
+
+
+async def test_external_filter_selects_by_label(directory: Path) -> None:
+    async with fast_engines(3) as engines:
+        labels: list[dict[str, str]] = [{"gpu": "a10"}, {"gpu": "l4"}, {"gpu": "l4", "spot": "yes"}]
+        pods = [
+            {"name": each.options.name, "address": each.address, "models": [MODEL], "labels": label}
+            for each, label in zip(engines, labels, strict=True)
+        ]
+        config = {"routing": {"allow_pinning": True}}
+        async with (
+            Gateway(directory, pods=pods, config=config) as gateway,
+            aiohttp.ClientSession(gateway.url) as http,
+        ):
+            turns = {"routing-strategy": "round-robin"}
+            for selector, names in {
+                "gpu=l4": {"pod-b", "pod-c"},
+                "gpu in (a10, l4), !spot": {"pod-a", "pod-b"},
+                "gpu notin (l4)": {"pod-a"},
+            }.items():
+                headers = turns | {"external-filter": selector}
+                assert {await served_by(http, **headers) for _ in range(6)} == names
+                async with http.get("/ping", headers=headers) as answer:  # without a body, too
+                    assert answer.headers["target-pod"] in names
+            for headers, status in (
+                ({"external-filter": "gpu=h100"}, 503),
+                ({"external-filter": "gpu in l4"}, 400),
+                ({"external-filter": "gpu=l4", "target-pod-ip": engines[0].address}, 400),
+            ):
+                async with http.post(CHAT, json=chat(), headers=headers) as answer:
+                    assert answer.status == status
+                    assert set((await answer.json())["error"]) == {"message", "type", "param", "code"}
+            assert all(
+                "external-filter" not in each.headers for engine in engines for each in engine.requests
+            )
+
+
+async def test_explain_tells_what_will_be_and_leaves_no_trace(directory: Path) -> None:
+    async with fast_engines(2) as engines, Gateway(directory, engines=engines) as gateway:
+        asked = question(CHAT, ["routing-strategy: round-robin"], json.dumps(chat(max_tokens=1)).encode())
+        async with aiohttp.ClientSession(gateway.url) as http:
+            for _ in range(4):
+                told = [(await there(gateway.admin_url(), asked, None)).explanation for _ in range(3)]
+                names = {None if each is None else each.chosen for each in told}
+                assert names == {await served_by(http, **{"routing-strategy": "round-robin"})}
+            hanging = await http.post(CHAT, json=chat(stream=True), headers={"x-simulate": "hang=1"})
+            by_load = question(CHAT, [], json.dumps(chat()).encode())
+            live = (await there(gateway.admin_url(), by_load, None)).explanation
+            assert live is not None
+            assert [row.in_flight for row in live.endpoints] == [0, 1]
+            assert live.endpoints[1].name == hanging.headers["target-pod"]
+            hanging.close()
+        decided = await gateway.metric("envoy_extproc_decision_seconds_count")
+        assert decided == 5
+        assert sum(seen.path == CHAT for engine in engines for seen in engine.requests) == 5
 
 
 async def test_dead_pods_cost_no_request(directory: Path) -> None:

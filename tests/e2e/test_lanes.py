@@ -22,7 +22,6 @@ from tests.e2e.test_captures import (
     ERRORS,
     LINES,
     ONE,
-    OTHERS,
     PLAIN,
     ROLE,
     STREAMS,
@@ -146,7 +145,7 @@ async def test_errors_of_engines(both: Lanes) -> None:
 
 
 async def test_paths_that_pass_unread(both: Lanes) -> None:
-    for name, path in OTHERS.items():
+    for name, path in (("tokenize", "/tokenize"), ("detokenize", "/detokenize"), ("chat", "/v1/whatever")):
         received = await both.ask(cut(name, len(raw(name)) // 2), path)
         assert (received.status, received.body) == (200, captures.body(name))
         report = await both.report(received)
@@ -450,20 +449,20 @@ async def test_policy_and_spoofed_headers(both: Lanes) -> None:
 # -- requests that bring no body, and answers that no engine gave ------------------------------------------------------
 
 EMPTY_404 = Answer((head("text/plain", "content-length: 0", status="404 Not Found"),))
-MODELS = b'{"object":"list","data":[]}'
+FILES = b'{"object":"list","data":[]}'
 
 
 @pytest.mark.parametrize(
     ("method", "path", "answer", "status"),
     [
-        ("GET", "/v1/models", document(MODELS), 200),
+        ("GET", "/v1/files", document(FILES), 200),
         ("GET", CHAT, EMPTY_404, 404),
-        ("HEAD", "/v1/models", Answer((head("application/json", "content-length: 27"),)), 200),
+        ("HEAD", "/v1/files", Answer((head("application/json", "content-length: 27"),)), 200),
         ("POST", CHAT, EMPTY_404, 404),
         ("POST", "/v1/whatever", EMPTY_404, 404),
         ("POST", "/v1/whatever", stream(*PLAIN), 200),
         ("DELETE", "/v1/files/1", Answer((head("x/y", status="204 No Content"),)), 204),
-        ("GET", "/v1/models", Answer((head("x/y", "content-length: 0", status="302 Found"),)), 302),
+        ("GET", "/v1/files/1/content", Answer((head("x/y", "content-length: 0", status="302 Found"),)), 302),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.gateway import MODEL, Gateway, chat
+from tests.support.gateway import MODEL, Gateway, chat, new_id
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,11 @@ NAMES = [
 async def test_metrics_have_the_names_dashboards_know(gateway: Gateway, http: aiohttp.ClientSession) -> None:
     for model in (MODEL, "nobody"):
         body = chat(max_tokens=3, stream=True) | {"model": model}
-        async with http.post("/v1/chat/completions", json=body) as answer:
+        request_id = new_id()
+        headers = {"x-request-id": request_id}
+        async with http.post("/v1/chat/completions", json=body, headers=headers) as answer:
             await answer.read()
+        await gateway.report(request_id)
     names = {sample.partition("{")[0] for sample in await gateway.metrics()}
     assert set(NAMES) <= names
     assert not any('"nobody"' in sample for sample in await gateway.metrics())

@@ -107,6 +107,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         answer: the note, decoded; None where the script read nothing.
+        load: the engine's load report, as it was noted; None where there was none.
         sets: how often metadata was written.
     """
 
@@ -115,6 +116,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
     answer: Mapping[str, Any] | None
     usage: Any
     error: Any
+    load: bytes | None
     sets: int
 
     @property
@@ -168,6 +170,7 @@ class Script:
             answer=_decoded(notes.get(b"answer")),
             usage=_decoded(notes.get(b"usage")),
             error=_decoded(notes.get(b"error")),
+            load=notes.get(b"load"),
             sets=sets,
         )
 

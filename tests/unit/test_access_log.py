@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from envoy_extproc import orca
 from envoy_extproc._proto import access_log_pb2
 from envoy_extproc.exchange.native import Entry, Facts
 from envoy_extproc.exchange.report import Report, routing_of
@@ -88,6 +90,7 @@ class Served:
     channel: grpc.aio.Channel
     counts: list[int] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
+    heard: list[tuple[str, orca.Parsed, float]] = field(default_factory=list)
 
     def open(self) -> Stream:
         """One Envoy worker."""
@@ -107,7 +110,10 @@ class Served:
 
 
 @asynccontextmanager
-async def service(accounting: Accounting = "auto") -> AsyncIterator[Served]:
+async def service(
+    accounting: Accounting = "auto", *, wall_clock: Callable[[], float] = time.time
+) -> AsyncIterator[Served]:
+    heard: list[tuple[str, orca.Parsed, float]] = []
     counts: list[int] = []
     reports: list[Report] = []
     now = [100.0]
@@ -117,7 +123,9 @@ async def service(accounting: Accounting = "auto") -> AsyncIterator[Served]:
         lookup=ENDPOINTS.get,
         finished=reports.append,
         bypassed=counts.append,
+        heard=lambda *told: heard.append(told),
         clock=lambda: now[0],
+        wall_clock=wall_clock,
     )
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((log.handler(),))
@@ -125,7 +133,7 @@ async def service(accounting: Accounting = "auto") -> AsyncIterator[Served]:
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Served(log, lane, now, server, channel, counts, reports)
+            yield Served(log, lane, now, server, channel, counts, reports, heard)
     finally:
         await server.stop(None)
 
@@ -161,8 +169,13 @@ STARTED, NOT_STARTED = "upstream_reset_after_response_started", "upstream_reset_
         (0, "", [], "network", None),
         (200, f"{STARTED}{{connection_termination}}", ["upstream_connection_termination"], "network", None),
         (500, f"{STARTED}{{remote_reset}}", ["upstream_remote_reset"], "network", None),
-        (200, "stream_idle_timeout", ["stream_idle_timeout"], "network", None),
-        (200, "ext_proc_error_gRPC_error_14", [], "network", None),
+        (200, f"{STARTED}{{protocol_error}}", ["upstream_protocol_error"], "network", None),
+        (200, "stream_idle_timeout", ["stream_idle_timeout"], "model_server", None),
+        (200, "max_duration_timeout", ["duration_timeout"], "model_server", None),
+        (200, "ext_proc_error_gRPC_error_14", [], "internal", None),
+        (200, "http2.remote_reset", [], "client", None),
+        (200, "what nobody knows", [], "network", None),
+        (0, "http1.codec_error", ["downstream_protocol_error"], "client", None),
         (503, f"{NOT_STARTED}{{connection_failure}}", ["upstream_connection_failure"], None, NOT_STARTED),
         (503, "no_healthy_upstream", ["no_healthy_upstream"], None, "no_healthy_upstream"),
         (413, "request_payload_too_large", [], None, "request_payload_too_large"),
@@ -188,10 +201,12 @@ def test_the_address_of_a_pod_is_as_discovery_writes_it(
 
 
 def test_the_rest_of_an_entry() -> None:
-    written = entry(answer="{}", usage="{1}", error="{2}")
+    written = entry(answer="{}", usage="{1}", error="{2}", load="TEXT eps=1")
     common = written.common_properties
     common.start_time.seconds, common.start_time.nanos = 1_000, 250_000_000
     common.duration.seconds, common.duration.nanos = 2, 500_000_000
+    common.time_to_first_upstream_rx_byte.seconds = 1
+    common.time_to_first_upstream_rx_byte.nanos = 125_000_000
     common.upstream_request_attempt_count = 3
     written.response.response_body_bytes = 77
     written.request.path, written.request.request_id = b"/x\xff", b"id\xff"
@@ -208,6 +223,8 @@ def test_the_rest_of_an_entry() -> None:
         notes="{}",
         usage="{1}",
         error="{2}",
+        load="TEXT eps=1",
+        headers_after=1.125,
     )
 
 
@@ -226,7 +243,9 @@ def test_an_entry_without_notes() -> None:
         ({"facts": FACTS}, False),
         ({"upstream": ("10.0.0.1", 8000)}, False),
         ({"status": 404, "details": "envoy_extproc_model_not_found"}, False),
-        ({"status": 503, "details": "ext_proc_error_gRPC_error_14"}, False),
+        ({"status": 503, "details": "ext_proc_error_gRPC_error_14{connection_failure}"}, True),
+        ({"status": 503, "details": "ext_proc_error_per-message_timeout_exceeded"}, True),
+        ({"status": 503, "details": "ext_proc_error_gRPC_error_13{internal_error{via_upstream}}"}, False),
     ],
 )
 def test_what_ended_before_it_was_routed(changes: dict[str, Any], undecided: bool) -> None:
@@ -247,6 +266,23 @@ async def test_an_entry_with_facts_is_a_report_and_no_bypass() -> None:
         (report,) = served.reports
         assert (report.outcome, report.request_id, report.served_by) == ("success", "id-1", endpoint(1))
         assert (served.counts, served.lane.reported) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("wall", "at"),
+    [(1_001.5, 99.5), (1_001.0, 100.0), (900.0, 100.0)],
+    ids=["half a second ago", "now", "Envoy's clock goes before ours"],
+)
+async def test_what_an_engine_told_in_an_answer_is_heard(wall: float, at: float) -> None:
+    written = entry(load="TEXT eps=1")
+    written.common_properties.start_time.seconds = 1_000
+    written.common_properties.time_to_first_upstream_rx_byte.seconds = 1
+    async with service(wall_clock=lambda: wall) as served:
+        await served.take(
+            written, entry(), entry(status=503, details="no_healthy_upstream", load="TEXT eps=1")
+        )
+        assert served.heard == [("10.0.0.1:8000", orca.Parsed(orca.LoadReport(eps=1.0)), at)]
+        assert len(served.reports) == 3
 
 
 async def test_entries_of_all_kinds_in_one_message() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from envoy_extproc.openai import events
 from envoy_extproc.openai.answer import (
     EngineError,
     JsonReader,
@@ -19,7 +20,8 @@ from envoy_extproc.openai.answer import (
     Usage,
     engine_error,
 )
-from tests.support import captures
+from envoy_extproc.openai.sse import data_of
+from tests.support import captures, formats
 
 BIG = 1_000_000
 DONE = b"data: [DONE]\n\n"
@@ -205,7 +207,19 @@ def test_a_json_body_of_exactly_the_limit_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"not json", b'{"a":', b"[1]", b"7", b'{"choices":"x"}', b'{"a":"\xff"', b"\xff"]
+    "text",
+    [
+        b"not json",
+        b'{"a":',
+        b"[1",
+        b"[1,,2]",
+        b"[1] x",
+        b"7 7",
+        b"'x'",
+        b'{"choices":"x"}',
+        b'{"a":"\xff"',
+        b"\xff",
+    ],
 )
 def test_a_json_body_that_makes_no_sense_is_counted(text: bytes) -> None:
     seen = read_json([text])
@@ -215,6 +229,132 @@ def test_a_json_body_that_makes_no_sense_is_counted(text: bytes) -> None:
 def test_no_body_at_all_is_not_counted() -> None:
     seen = read_json([])
     assert (seen.unreadable, seen.done) == (0, False)
+
+
+# -- every format --------------------------------------------------------------------------------------------------
+
+
+def read_of(seen: Seen) -> dict[str, object]:
+    """What `formats.Answer` says of an answer."""
+    return {
+        "usage": seen.usage,
+        "begun": None if seen.begun is None else seen.begun.prompt_tokens,
+        "tokens": seen.token_events,
+        "text": seen.text_length,
+        "done": seen.done,
+        "error": None if seen.error is None else seen.error.code,
+        "rest": (seen.unreadable, seen.oversized, seen.removed_events),
+    }
+
+
+def expected_of(answer: formats.Answer) -> dict[str, object]:
+    names = ("usage", "begun", "tokens", "text", "done", "error")
+    return {**{name: getattr(answer, name) for name in names}, "rest": (0, 0, 0)}
+
+
+@pytest.mark.parametrize("name", formats.STREAMS)
+@pytest.mark.parametrize("hide", [True, False])
+def test_a_stream_of_any_format(name: str, hide: bool) -> None:
+    """Nothing is ever taken out of one that is not chat's or completions'."""
+    answer = formats.STREAMS[name]
+    usage_is_hidden = hide and "transcription of vLLM" in name
+    for pieces in (answer.events, *cuttings(answer.body)):
+        delivered, seen = replayed(pieces, hide=hide)
+        wanted = expected_of(answer)
+        if usage_is_hidden:  # whose events are chat's
+            wanted["rest"] = (0, 0, 1)
+            assert delivered == b"".join(each for each in answer.events if b'"usage"' not in each)
+        else:
+            assert delivered == answer.body
+        assert read_of(seen) == wanted
+
+
+@pytest.mark.parametrize("name", formats.DOCUMENTS)
+def test_a_document_of_any_format(name: str) -> None:
+    answer = formats.DOCUMENTS[name]
+    for pieces in ([answer.body], [answer.body[:9], answer.body[9:]]):
+        assert read_of(read_json(pieces)) == expected_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        (b"event: x\ndata: y\n\n", b"y"),
+        (b"event: x\ndata:y\n\n", b"y"),
+        (b"event:x\ndata: y\n\n", b"y"),
+        (b"event: x\ndata: y\ndata: z\n\n", b"y\nz"),
+        (b"event: x\ndata: y\nid: 1\n\n", b"y"),
+        (b"event: x\nid: 1\ndata: y\n\n", b"y"),
+        (b"event: x\r\ndata: y\r\n\r\n", b"y"),
+        (b"event: x\ndata: y\rdata: z\n\n", b"y\nz"),
+        (b"event: x\ndata: \n\n", b""),
+        (b"event: x\n\n", b""),
+        (b"event: data: y", b""),
+        (b"event: x\ndata: y", b"y"),
+        (b"event: x\ndata: y\n", b"y"),
+    ],
+)
+def test_data_behind_the_name_of_an_event(text: bytes, data: bytes) -> None:
+    assert data_of(text) == data
+
+
+def test_a_picture_comes_without_a_token() -> None:
+    _, seen = replayed(formats.STREAMS["media: a picture"].events, hide=False)
+    assert (seen.token_events, seen.first_token_at, seen.last_token_at) == (0, 0.0, 1.0)
+
+
+def test_the_times_of_a_message() -> None:
+    name = "messages: Anthropic: the start tells the prompt, the end the rest"
+    _, seen = replayed(formats.STREAMS[name].events, hide=False)
+    assert (seen.first_token_at, seen.last_token_at) == (2.0, 4.0)
+
+
+def test_half_of_usage_is_not_all_of_it() -> None:
+    """A message that is cut off: what its start said of the output was not the last word."""
+    name = "messages: Anthropic: the start tells the prompt, the end the rest"
+    _, seen = replayed(formats.STREAMS[name].events[:4], hide=False)
+    assert (seen.usage, seen.begun, seen.token_events) == (
+        None,
+        Usage(prompt_tokens=15, completion_tokens=1, cached_tokens=3),
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "usage", "begun", "unreadable"),
+    [
+        (b'{"prompt_tokens":3}', Usage(prompt_tokens=3), None, 0),
+        (b'[{"input_tokens":3}]', None, Usage(prompt_tokens=3), 0),
+        (
+            b'[{"input_tokens":3,"x":NaN},{"output_tokens":"4"}]',
+            Usage(prompt_tokens=3, completion_tokens=4),
+            Usage(prompt_tokens=3),
+            0,
+        ),
+        (b'{"type":"duration","seconds":3}', None, None, 0),
+        (b'{"prompt_tokens":}', None, None, 1),
+        (b"[", None, None, 1),
+        (b"[]", None, None, 1),
+        (b"[7]", None, None, 1),
+        (b"7", None, None, 1),
+    ],
+)
+def test_usage_that_somebody_else_found(
+    text: bytes, usage: Usage | None, begun: Usage | None, unreadable: int
+) -> None:
+    seen = Seen()
+    events.note_usage(seen, text)
+    assert (seen.usage, seen.begun, seen.unreadable) == (usage, begun, unreadable)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "unreadable"),
+    [(b'{"error":{"code":400}}', EngineError(code=400), 0), (b'{"error":', None, 1), (b"[1]", None, 1)],
+)
+def test_an_error_that_somebody_else_found(text: bytes, error: EngineError | None, unreadable: int) -> None:
+    seen = Seen()
+    events.note_told(seen, text, 0.0)
+    assert (seen.error, seen.unreadable) == (error, unreadable)
 
 
 # -- usage ---------------------------------------------------------------------------------------------------------
@@ -356,6 +496,28 @@ def test_continuous_usage_is_read_at_once() -> None:
             Usage(prompt_tokens=3, cached_tokens=2),
         ),
         ({"prompt_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 2}}, Usage(prompt_tokens=3)),
+        ({"input_tokens": 3, "output_tokens": 4}, Usage(prompt_tokens=3, completion_tokens=4)),
+        (
+            {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 2}},
+            Usage(prompt_tokens=3, cached_tokens=2),
+        ),
+        (
+            {"prompt_tokens": 3, "input_tokens": 9, "output_tokens": 4},
+            Usage(prompt_tokens=3, completion_tokens=4),
+        ),
+        ({"prompt_tokens": 3, "cache_read_input_tokens": 2}, Usage(prompt_tokens=3, cached_tokens=2)),
+        (
+            {"prompt_tokens": 3, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 1},
+            Usage(prompt_tokens=3, cached_tokens=2),
+        ),
+        ({"input_tokens": 3, "cache_read_input_tokens": 2}, Usage(prompt_tokens=3, cached_tokens=2)),
+        (
+            {"input_tokens": 3, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 0},
+            Usage(prompt_tokens=5, cached_tokens=2),
+        ),
+        ({"input_tokens": 3, "cache_creation_input_tokens": 1}, Usage(prompt_tokens=4)),
+        ({"total_tokens": 9}, Usage(prompt_tokens=9)),
+        ({"total_tokens": 9, "completion_tokens": 4}, Usage(completion_tokens=4)),
     ],
 )
 def test_usage_of_any_shape_known(usage: object, read: Usage) -> None:
@@ -465,7 +627,29 @@ def test_an_error_in_the_body(body: dict[str, object], error: EngineError) -> No
 
 
 @pytest.mark.parametrize(
-    "body", [{"error": None}, {"object": "chat.completion", "message": "x", "code": 7}, {}]
+    ("error", "code"),
+    [
+        ({"type": "overloaded_error"}, 500),
+        ({"code": "rate_limit_exceeded"}, 429),
+        ({"code": "invalid_prompt"}, 400),
+        ({"code": "server_error"}, 500),
+        ({"code": 418, "type": "overloaded_error"}, 418),
+        ({"code": ["x"], "type": {"x": 1}}, 500),
+    ],
+)
+def test_the_status_of_an_error_that_gives_a_word(error: object, code: int) -> None:
+    assert engine_error(error).code == code
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": None},
+        {"object": "chat.completion", "message": "x", "code": 7},
+        {"detail": "x"},
+        {"type": ["error"], "message": "x"},
+        {},
+    ],
 )
 def test_no_error_in_the_body(body: object) -> None:
     assert replayed([event(body)], hide=True)[1].error is None

@@ -7,6 +7,7 @@ import json
 import msgspec
 import pytest
 
+from envoy_extproc import orca
 from envoy_extproc.errors import BadRequest, GatewayError, ModelNotFound, NoReadyEndpoint
 from envoy_extproc.exchange.commands import (
     PASS,
@@ -15,6 +16,7 @@ from envoy_extproc.exchange.commands import (
     Command,
     Continue,
     Finish,
+    Heard,
     LoadReport,
     Phase,
     Release,
@@ -80,6 +82,7 @@ def check_the_routed_stream(routed: Continue) -> None:
         "model": MODEL,
         "x-gateway-model-name": MODEL,
         "accept-encoding": "identity",
+        "endpoint-load-metrics-format": "TEXT",
         "content-length": str(len(rewritten)),
     }
 
@@ -138,6 +141,21 @@ def test_a_json_answer_from_end_to_end() -> None:
     assert (report.streamed, report.time_to_first_token, report.time_per_output_token) == (False, None, None)
 
 
+def test_a_client_that_leaves_with_the_last_byte_had_its_whole_answer() -> None:
+    """Envoy ends the stream before it says that the body is at its end."""
+    text = json.dumps(usage(3, 2)).encode()
+    for length, outcome, source in (
+        (len(text), "success", "reported"),
+        (len(text) + 1, "aborted", "estimated"),
+    ):
+        book = Playbook()
+        book.until_routed(PLAIN)
+        book.answer(content_type="application/json", content_length=length)
+        book.data(text)
+        report = book.closed()
+        assert (report.outcome, report.usage_source) == (outcome, source)
+
+
 def test_a_json_answer_in_pieces_passes_as_it_comes() -> None:
     book = Playbook()
     book.until_routed(PLAIN)
@@ -153,7 +171,7 @@ def test_a_json_answer_in_pieces_passes_as_it_comes() -> None:
 
 def test_a_request_without_a_body() -> None:
     book = Playbook()
-    assert asked(book.request("/v1/models?limit=1", end=True)) == SchedulingRequest()
+    assert asked(book.request("/health?limit=1", end=True)) == SchedulingRequest()
     routed = book.scheduled()
     assert routed.phase is Phase.REQUEST_HEADERS
     assert dict(routed.set_headers) == ROUTED
@@ -161,7 +179,7 @@ def test_a_request_without_a_body() -> None:
     assert reply(book.answer(content_type="application/json")).response_body is None
     assert book.state is State.HELD
     report = book.closed()
-    assert (report.path, report.operation, report.model) == ("/v1/models", None, None)
+    assert (report.path, report.operation, report.model) == ("/health", None, None)
     assert (report.outcome, report.usage_source, report.usage) == ("success", "none", Usage())
 
 
@@ -174,7 +192,7 @@ def test_a_known_path_without_a_body() -> None:
 
 def test_a_body_to_an_unknown_path_goes_straight_to_a_pod() -> None:
     book = Playbook()
-    asked(book.request("/v1/rerank", content_length=str(10**12)))
+    asked(book.request("/v1/other", content_length=str(10**12)))
     routed = book.scheduled()
     assert (routed.phase, routed.request_body) == (Phase.REQUEST_HEADERS, BodyMode.NONE)
     assert "accept-encoding" not in dict(routed.set_headers)
@@ -184,7 +202,7 @@ def test_a_body_to_an_unknown_path_goes_straight_to_a_pod() -> None:
 
 def test_an_unknown_path_is_routed_by_the_model_header() -> None:
     book = Playbook()
-    assert asked(book.request("/v1/rerank", x_model="other")) == SchedulingRequest(model="other")
+    assert asked(book.request("/v1/other", x_model="other")) == SchedulingRequest(model="other")
     routed = book.scheduled()
     assert ("model", "other") in routed.set_headers
     assert routed.remove_headers == ("x-model",)
@@ -202,7 +220,7 @@ def test_the_model_of_the_body_counts_and_not_the_header() -> None:
 
 def test_what_a_client_pretends_the_model_to_be_goes() -> None:
     book = Playbook()
-    book.request("/v1/rerank", model="spoofed", x_gateway_model_name="spoofed")
+    book.request("/v1/other", model="spoofed", x_gateway_model_name="spoofed")
     assert set(book.scheduled().remove_headers) == {"model", "x-gateway-model-name"}
 
 
@@ -568,8 +586,24 @@ def test_a_stream_nobody_asked_for_is_read() -> None:
 def test_an_engines_own_load_report_is_removed() -> None:
     book = Playbook()
     book.until_routed()
-    answered = reply(book.answer(endpoint_load_metrics="TEXT a=1", endpoint_load_metrics_bin="x"))
+    heard, answered = book.answer(endpoint_load_metrics="TEXT eps=1", endpoint_load_metrics_bin="x")
+    assert isinstance(answered, Continue)
     assert answered.remove_headers == ("endpoint-load-metrics", "endpoint-load-metrics-bin")
+    assert heard == Heard("10.0.0.1:8000", orca.Parsed(flaw=orca.Flaw.MALFORMED))
+
+
+def test_an_engines_own_load_report_is_heard() -> None:
+    book = Playbook()
+    book.until_routed()
+    heard, _ = book.answer(endpoint_load_metrics="TEXT eps=1")
+    assert heard == Heard("10.0.0.1:8000", orca.Parsed(orca.LoadReport(eps=1.0)))
+
+
+def test_envoys_own_answer_is_no_engines_report() -> None:
+    book = Playbook()
+    book.until_routed()
+    (answered,) = book.answer(503, upstream=None, local_reply="x", endpoint_load_metrics="TEXT eps=1")
+    assert isinstance(answered, Continue)
 
 
 @pytest.mark.parametrize(
@@ -853,7 +887,7 @@ def test_without_a_script_that_is_understood_the_answer_is_shown_here(native: bo
 
 
 @pytest.mark.parametrize(
-    ("path", "end"), [("/v1/models", True), ("/v1/chat/completions", True), ("/v1/rerank", False)]
+    ("path", "end"), [("/health", True), ("/v1/chat/completions", True), ("/v1/other", False)]
 )
 def test_an_answer_that_nobody_reads_is_handed_over_too(path: str, end: bool) -> None:
     book = Playbook(native=True)
@@ -870,7 +904,7 @@ def test_an_answer_that_nobody_reads_is_handed_over_too(path: str, end: bool) ->
 @pytest.mark.parametrize("end", [True, False])
 def test_without_the_script_the_headers_of_such_an_answer_are_asked_for(end: bool) -> None:
     book = Playbook()
-    book.request("/v1/rerank", end=end)
+    book.request("/v1/other", end=end)
     assert book.scheduled().response_headers is True
 
 
@@ -905,11 +939,11 @@ def test_the_load_report_of_a_native_answer_is_known_with_the_decision() -> None
 
 def test_what_a_client_wrote_is_cut_and_mended_for_metadata() -> None:
     book = Playbook(native=True)
-    book.request("/v1/rerank\udcff" + "x" * 600, x_request_id="id\udcff" + "y" * 600, x_model="m\udcff")
+    book.request("/v1/other\udcff" + "x" * 600, x_request_id="id\udcff" + "y" * 600, x_model="m\udcff")
     routed = book.scheduled()
     told = facts(routed)
     assert (told.request_id, told.model) == ("id?" + "y" * 509, "m?")
-    assert told.path == "/v1/rerank?" + "x" * 501
+    assert told.path == "/v1/other?" + "x" * 502
     assert handover(routed).request_id == "id\udcff" + "y" * 600
     assert book.released() == told.request_id
 

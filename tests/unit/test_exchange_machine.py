@@ -12,9 +12,19 @@ from hypothesis import strategies as st
 
 from envoy_extproc.endpoints import Snapshot
 from envoy_extproc.errors import BadPin, GatewayError, ModelNotFound, NoReadyEndpoint
-from envoy_extproc.exchange.commands import Command, Continue, Finish, Release, Respond, Schedule, Serve
+from envoy_extproc.exchange.commands import (
+    Command,
+    Continue,
+    Finish,
+    ListModels,
+    Release,
+    Respond,
+    Schedule,
+    Serve,
+)
 from envoy_extproc.exchange.events import (
     Event,
+    Listed,
     Message,
     Refused,
     RequestBody,
@@ -29,6 +39,7 @@ from envoy_extproc.exchange.events import (
 from envoy_extproc.exchange.exchange import NEXT, TABLE, Exchange, ExchangeSettings, State
 from envoy_extproc.exchange.native import Facts
 from envoy_extproc.scheduling import registry
+from envoy_extproc.server.catalogue import Catalogue
 from envoy_extproc.server.director import Director, RoutingRules
 from envoy_extproc.server.native_lane import NativeLane
 from envoy_extproc.server.servicer import Call, Parts
@@ -42,8 +53,20 @@ AT = st.floats(0, 1e6)
 ERRORS: list[GatewayError] = [ModelNotFound("x \udcff"), NoReadyEndpoint("no"), BadPin("no")]
 
 REQUEST_HEADERS = st.fixed_dictionaries(
-    {"path": st.sampled_from(["/v1/chat/completions", "/v1/embeddings", "/v1/models", ""])},
+    {
+        "path": st.sampled_from(
+            [
+                "/v1/chat/completions",
+                "/v1/embeddings",
+                "/v1/models",
+                "/v1/messages/count_tokens",
+                "/v1/audio/speech",
+                "",
+            ]
+        )
+    },
     optional={
+        "method": st.sampled_from(["GET", "POST"]),
         "x_request_id": st.sampled_from(["", "id\udcff", "id"]),
         "content_length": st.sampled_from(["5", "100000", "x", ""]),
         "content_encoding": st.sampled_from(["gzip", "identity"]),
@@ -99,11 +122,14 @@ EVENTS: dict[type[object], st.SearchStrategy[Event]] = {
     ResponseTrailers: st.builds(ResponseTrailers, AT),
     Scheduled: st.builds(Scheduled, AT, st.sampled_from([decision(1), decision(2, 1), decision(3)])),
     Refused: st.builds(Refused, AT, st.sampled_from(ERRORS)),
+    Listed: st.builds(Listed, AT, st.sampled_from([b"{}", None])),
     StreamClosed: st.builds(StreamClosed, AT, st.booleans(), st.none() | st.just("ValueError")),
 }
 # What makes for long conversations; the others come from the 10 % of any event, and at the end.
 LIKELY = {
-    state: [kind for kind in row if kind not in (StreamClosed, Refused, RequestTrailers, ResponseTrailers)]
+    state: [
+        kind for kind in row if kind not in (StreamClosed, Refused, Listed, RequestTrailers, ResponseTrailers)
+    ]
     for state, row in TABLE.items()
 }
 
@@ -121,14 +147,14 @@ def check_step(before: State, happened: Event, commands: list[Command], after: S
     else:
         assert after in NEXT[before][kind]
 
-    asked = [command for command in commands if isinstance(command, Schedule)]
+    asked = [command for command in commands if isinstance(command, Schedule | ListModels)]
     is_message = isinstance(happened, Message)
     if before is State.CLOSED:
         assert commands == []
     elif asked:
         assert len(commands) == 1
         assert (after, is_message) == (State.AWAIT_DECISION, True)
-    elif is_message or (kind in (Scheduled, Refused) and before is State.AWAIT_DECISION):
+    elif is_message or (kind in (Scheduled, Refused, Listed) and before is State.AWAIT_DECISION):
         assert len(replies(commands)) == 1
     else:
         assert replies(commands) == []
@@ -170,7 +196,7 @@ def test_any_conversation(data: st.DataObject, accounting: bool, native: bool) -
     assert book.state is State.CLOSED
 
 
-MESSAGES = [kind for kind in EVENTS if kind not in (Scheduled, Refused, StreamClosed)]
+MESSAGES = [kind for kind in EVENTS if kind not in (Scheduled, Refused, Listed, StreamClosed)]
 
 
 def parts(lane: NativeLane, in_flight: InFlight, *, hold: bool) -> Parts:
@@ -188,6 +214,7 @@ def parts(lane: NativeLane, in_flight: InFlight, *, hold: bool) -> Parts:
         in_flight=in_flight,
         hook=Hooks(),
         lane=lane,
+        catalogue=Catalogue({}),
         hold=hold,
     )
 

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envoy_extproc.openai.answer import JsonReader, Reader, StreamReader, engine_error
-from tests.support import captures
+from envoy_extproc.openai import events as reading
+from envoy_extproc.openai.answer import JsonReader, Reader, StreamReader
+from envoy_extproc.openai.seen import Seen
+from tests.support import captures, formats
 from tests.support.lua import JSON, STREAM, Script, Told
 
 LIMIT = 1_048_576
@@ -39,11 +41,11 @@ def usage_event(completion: int = 7, **more: object) -> bytes:
     return event({**CHAT_HEAD, "choices": [], "usage": usage, **more})
 
 
-def cuttings(text: bytes) -> Iterable[list[bytes]]:
-    """The text whole, byte by byte, and cut once at every place."""
+def cuttings(text: bytes, step: int = 1) -> Iterable[list[bytes]]:
+    """The text whole, byte by byte, and cut once at every place, or every few."""
     yield [text]
     yield [text[place : place + 1] for place in range(len(text))]
-    for place in range(1, len(text)):
+    for place in range(1, len(text), step):
         yield [text[:place], text[place:]]
 
 
@@ -60,8 +62,9 @@ def streamed(pieces: Iterable[bytes], *, hide: bool, limit: int = LIMIT) -> tupl
 def facts_of(reader: Reader) -> dict[str, object]:
     seen = reader.seen
     return {
-        "usage": None if seen.usage is None else (seen.usage.prompt_tokens, seen.usage.completion_tokens),
-        "error": None if seen.error is None else seen.error,
+        "usage": seen.usage,
+        "begun": seen.begun if seen.usage is None else None,  # else nobody needs it
+        "error": seen.error,
         "done": seen.done,
         "tokens": seen.token_events,
         "text": seen.text_length,
@@ -74,12 +77,16 @@ def facts_of(reader: Reader) -> dict[str, object]:
 def facts_told(told: Told) -> dict[str, object]:
     assert told.answer is not None
     assert not told.answer["failure"]
-    usage, error = told.usage, told.error
+    seen = Seen()  # what the server makes of the notes
+    if told.error is not None:
+        reading.note_told(seen, msgspec.json.encode(told.error), 0.0)
+    if told.usage is not None:
+        reading.note_usage(seen, msgspec.json.encode(told.usage))
+    assert seen.unreadable == 0
     return {
-        "usage": None
-        if usage is None
-        else (usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)),
-        "error": None if error is None else engine_error(error.get("error", error)),
+        "usage": seen.usage,
+        "begun": seen.begun if seen.usage is None else None,  # else nobody needs it
+        "error": seen.error,
         **{
             name: told.answer[name]
             for name in ("done", "tokens", "text", "removed", "oversized", "unreadable")
@@ -235,6 +242,8 @@ def test_events_beyond_the_limit_pass(script: Script, hide: bool, limit: int) ->
         agree(script, pieces, hide=hide, limit=limit)
 
 
+_SHARED = Script()  # hypothesis does not take a fixture for each example
+
 _TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\\"), max_size=12)
 _EVENTS = st.one_of(
     _TEXTS.map(token),
@@ -272,7 +281,113 @@ def test_any_stream_in_any_pieces(events: list[bytes], cuts: list[int], hide: bo
     assert_same_facts(told, reader)
 
 
-_SHARED = Script()  # hypothesis does not take a fixture for each example
+# -- every format -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", formats.STREAMS)
+@pytest.mark.parametrize("hide", [True, False])
+def test_a_stream_of_any_format_cut_anywhere(script: Script, name: str, hide: bool) -> None:
+    answer = formats.STREAMS[name]
+    step = 1 if name.startswith("recorded") else 5
+    for pieces in (answer.events, answer.body.splitlines(keepends=True), *cuttings(answer.body, step)):
+        agree(script, pieces, hide=hide)
+
+
+@pytest.mark.parametrize("name", formats.STREAMS)
+def test_a_stream_of_any_format_cut_off(script: Script, name: str) -> None:
+    """What is noted when a client leaves is what the stream lane has seen, but for tokens behind the last note."""
+    events = formats.STREAMS[name].events
+    for count in range(1, len(events)):
+        body, reader = streamed(events[:count], hide=False)
+        told = script.respond(events[:count], hide=False, ended=False)
+        assert told.body == body
+        if told.answer is None:  # nothing to be told of yet
+            assert (reader.seen.token_events, reader.seen.begun, reader.seen.first_token_at) == (
+                0,
+                None,
+                None,
+            )
+            continue
+        noted, seen = facts_told(told), facts_of(reader)
+        for name_of_fact in ("usage", "begun", "error", "done"):
+            assert noted[name_of_fact] == seen[name_of_fact]
+        assert (told.answer["first"] is None) is (reader.seen.first_token_at is None)
+        assert told.answer["tokens"] * 2 + 1 >= reader.seen.token_events
+
+
+FAST = {
+    "chat": token("TEXT"),
+    "messages": formats.text("TEXT"),
+    "responses": formats.word("TEXT", 1000),
+    "transcription": formats.heard("TEXT"),
+    "speech": formats.event(type="speech.audio.delta", audio="TEXT"),
+    "a call": formats.block(type="input_json_delta", partial_json="TEXT"),
+    "arguments": formats.word("TEXT", 1000, "function_call_arguments"),
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_events_of_a_known_shape_are_not_walked(script: Script, name: str) -> None:
+    """JSON that is broken where only a walk would see it goes uncounted as such; so the shape alone was looked at."""
+    texts = [b"ab", b"ab", *[b'c"d'] * 10]
+    events = [
+        FAST[name].replace(b"TEXT", text).replace(b":1000,", b":%d," % number)
+        for number, text in enumerate(texts, 98)
+    ]
+    told = script.respond([*events, DONE])
+    assert told.answer is not None
+    assert (told.answer["tokens"], told.answer["unreadable"]) == (12, 0)
+    whole = script.respond([b"".join(events), DONE])
+    assert whole.answer is not None
+    assert (whole.answer["tokens"], whole.answer["text"]) == (12, told.answer["text"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        formats.word("x", 103, "refusal"),
+        formats.word("", 103),
+        formats.numbered("output_text.delta", 103, delta="x"),
+        formats.word("xyz", 103).replace(b"103", b""),
+        formats.word("xyz", 103).replace(b"103", b"null"),
+        formats.word("xyz", 103).replace(b"103", b"-1"),
+        formats.word("xyz", 103).replace(b"msg_1", b"msg_2"),
+        formats.word("xyz", 103)[:-1],
+        formats.word("xyz", 103).replace(b"\n", b"\r\n"),
+        formats.word("x", 103) + formats.word("y", 104),
+        formats.COMPLETED,
+        b"data: 7\n\n",
+        b"\n\n",
+        b"103\n\n",
+    ],
+)
+def test_another_event_among_numbered_ones(script: Script, other: bytes) -> None:
+    words = [formats.word("ab", number) for number in range(98, 103)]
+    agree(script, [*words, other, *words, other], hide=False)
+    agree(script, [*words[:1], words[1] + other, *words], hide=True)
+
+
+_TYPED = st.one_of(
+    st.sampled_from([each for answer in formats.STREAMS.values() for each in answer.events]),
+    st.builds(formats.word, _TEXTS, st.integers(0, 1200)),
+    st.builds(formats.text, _TEXTS),
+    _EVENTS,
+)
+
+
+@given(
+    events=st.lists(_TYPED, max_size=12),
+    cuts=st.lists(st.integers(0, 9000), max_size=12),
+    hide=st.booleans(),
+    at_events=st.booleans(),
+)
+def test_any_stream_of_any_formats_in_any_pieces(
+    events: list[bytes], cuts: list[int], hide: bool, at_events: bool
+) -> None:
+    text = b"".join(events)
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    pieces = events if at_events else [text[start:end] for start, end in pairwise(places)]
+    agree(_SHARED, pieces, hide=hide)
 
 
 # -- what a stream lane does not have -----------------------------------------------------------------------------------
@@ -296,6 +411,13 @@ def test_what_was_seen_outlives_a_client_that_leaves(script: Script) -> None:
     assert 50 < told.answer["tokens"] <= 100
     assert told.answer["delivered"] == told.answer["tokens"] * len(pieces[0])
     assert told.answer["first"] == 1_001_000
+
+
+@pytest.mark.parametrize("end", [DONE, formats.STOP, formats.COMPLETED])
+def test_a_client_may_leave_when_it_has_seen_the_end(script: Script, end: bytes) -> None:
+    told = script.respond([token("x"), token("x"), end], ended=False)
+    assert told.answer is not None
+    assert (told.answer["done"], told.answer["ended"], told.answer["tokens"]) == (True, False, 2)
 
 
 def test_usage_of_every_chunk_outlives_a_client_that_leaves(script: Script) -> None:
@@ -345,6 +467,9 @@ JSON_ANSWERS: dict[str, bytes] = {
     + b",".join(b"%d" % number for number in range(500))
     + b"]}",
 }
+
+
+JSON_ANSWERS |= {f"format: {name}": answer.body for name, answer in formats.DOCUMENTS.items()}
 
 
 def json_lane(text: bytes) -> dict[str, object]:
@@ -447,6 +572,24 @@ def test_an_engines_own_report_is_replaced_or_removed(script: Script) -> None:
     told = script.respond([DONE], headers=engines, load="JSON {}")
     assert told.headers["endpoint-load-metrics"] == "JSON {}"
     assert "endpoint-load-metrics-bin" not in told.headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "noted"),
+    [
+        ({"endpoint-load-metrics": "TEXT eps=1"}, b"TEXT eps=1"),
+        ({"endpoint-load-metrics": "TEXT eps=1", "endpoint-load-metrics-bin": "AQ=="}, b"BIN AQ=="),
+        ({"endpoint-load-metrics": "TEXT \u00e9"}, b"TEXT ??"),
+        ({"endpoint-load-metrics": "x" * 8192}, b"x" * 8192),
+        ({"endpoint-load-metrics": "x" * 8193}, None),
+        ({}, None),
+    ],
+)
+def test_an_engines_own_report_is_noted(script: Script, headers: dict[str, str], noted: bytes | None) -> None:
+    served = {"x-envoy-extproc-served": "10.0.0.2:8000"}
+    for more in ({}, {"read": False}, {"load": "JSON {}"}):
+        assert script.respond([DONE], headers={**STREAM, **served, **headers}, **more).load == noted
+    assert script.respond([DONE], headers={**JSON, ":status": "503", **headers}).load is None
 
 
 def test_a_length_goes_only_where_something_is_taken_out(script: Script) -> None:

@@ -13,7 +13,7 @@ from envoy_extproc.exchange.commands import Handover
 from envoy_extproc.exchange.native import Entry, Facts, Malformed, Notes
 from envoy_extproc.exchange.report import Report, routing_of
 from envoy_extproc.openai.answer import Usage
-from tests.support import captures
+from tests.support import captures, formats
 from tests.support.builders import MODEL, decision, endpoint, sse, token, usage
 from tests.support.lua import JSON, STREAM, Script, Told
 from tests.support.playbook import ENDPOINTS, Playbook, handover, reply
@@ -180,7 +180,7 @@ ENVOYS_OWN: dict[str, Case] = {
     ),
     "it took too long": (
         envoys(504, "response_timeout"),
-        {"outcome": "error", "error_type": "network", "error": "response_timeout"},
+        {"outcome": "error", "error_type": "model_server", "error": "response_timeout"},
     ),
 }
 ENGINES: dict[str, Case] = {
@@ -326,6 +326,33 @@ USAGES: dict[str, Case] = {
     "that is no JSON after all": (
         {"usage": '{"prompt_tokens":}'},
         {"error": "unreadable", "usage_source": "estimated"},
+    ),
+    "in two halves": (
+        {"usage": '[{"input_tokens":5,"output_tokens":1},{"output_tokens":64}]'},
+        {"usage": Usage(prompt_tokens=5, completion_tokens=64), "usage_source": "reported"},
+    ),
+    "of which the second overrules the first": (
+        {
+            "usage": '[{"input_tokens":5},{"input_tokens":3,"cache_read_input_tokens":4,'
+            '"cache_creation_input_tokens":0}]'
+        },
+        {"usage": Usage(prompt_tokens=7, cached_tokens=4), "usage_source": "reported"},
+    ),
+    "of which only the first half came": (
+        {"usage": '[{"input_tokens":5,"output_tokens":1}]'},
+        {
+            **GOOD,
+            "usage_source": "estimated",
+            "usage": Usage(prompt_tokens=5, completion_tokens=64),
+        },
+    ),
+    "in halves that are no JSON after all": (
+        {"usage": '[{"input_tokens":},{}]'},
+        {"error": "unreadable", "usage_source": "estimated"},
+    ),
+    "of a transcription told in seconds": (
+        {"usage": '{"type":"duration","seconds":3}'},
+        {**GOOD, **estimated(64)},
     ),
 }
 TIMES: dict[str, Case] = {
@@ -549,6 +576,36 @@ ODD: dict[str, bytes] = {
 def test_both_lanes_say_the_same_of_an_odd_stream(script: Script, name: str, body: bytes) -> None:
     pieces = [piece for piece in ODD[name].splitlines(keepends=True) if piece]
     agree(script, body, pieces)
+
+
+@pytest.mark.parametrize("name", formats.STREAMS)
+def test_both_lanes_say_the_same_of_a_stream_of_any_format(script: Script, name: str) -> None:
+    answer = formats.STREAMS[name]
+    made = agree(script, ASKED_FOR, list(answer.events))
+    assert made.usage_source == ("estimated" if answer.usage is None else "reported")
+    assert made.outcome == ("success" if answer.done and answer.error is None else "error")
+    assert answer.usage in (None, made.usage)
+    if answer.usage is None:
+        by_length = answer.text // 4
+        shared = by_length > 2 * answer.tokens  # several tokens to an event
+        assert made.usage.completion_tokens == (by_length if shared else answer.tokens)
+
+
+@pytest.mark.parametrize("name", formats.DOCUMENTS)
+def test_both_lanes_say_the_same_of_a_document_of_any_format(script: Script, name: str) -> None:
+    answer = formats.DOCUMENTS[name]
+    made = agree(script, PLAIN, [answer.body])
+    assert made.outcome == ("success" if answer.error is None else "error")
+    assert answer.usage in (None, made.usage)
+
+
+def test_both_lanes_say_the_same_of_a_message_cut_off_between_its_halves(script: Script) -> None:
+    answer = formats.STREAMS["messages: Anthropic: the start tells the prompt, the end the rest"]
+    for count in (1, 2, 3, 5):
+        stream, _ = in_the_stream_lane(NOT_ASKED_FOR, list(answer.events[:count]), whole=False)
+        made, _ = in_the_native_lane(script, NOT_ASKED_FOR, list(answer.events[:count]), whole=False)
+        assert timeless(made) == timeless(stream)
+        assert (made.usage_source, made.usage.completion_tokens) == ("estimated", max(0, count - 2))
 
 
 @pytest.mark.parametrize("name", captures.STREAMS)

@@ -37,6 +37,10 @@ def test_what_may_be_left_out() -> None:
     assert parse(item()) == (Endpoint(name="10.0.0.1:8000", address="10.0.0.1:8000", models=("m",)),)
 
 
+def test_metrics_can_be_on_another_port() -> None:
+    assert parse(item(metrics_port=8002))[0].metrics_port == 8002
+
+
 def test_under_its_key_or_bare() -> None:
     assert parse_endpoints({"endpoints": [item()]}, engines=ENGINES) == parse(item())
 
@@ -105,9 +109,12 @@ def test_an_address_that_cannot_be_one(address: Any, why: str) -> None:
     [
         (
             {"adress": "x"},
-            "endpoints[0].adress: unknown key; known are address, engine, labels, models, name",
+            "endpoints[0].adress: unknown key; known are address, engine, labels, metrics_port, models, name",
         ),
-        ({7: "x"}, "endpoints[0].7: unknown key; known are address, engine, labels, models, name"),
+        (
+            {7: "x"},
+            "endpoints[0].7: unknown key; known are address, engine, labels, metrics_port, models, name",
+        ),
         ({"name": ""}, "endpoints[0].name: must not be empty"),
         ({"name": None}, "endpoints[0].name: must be text, not nothing; quote it if it is meant as text"),
         ({"name": "a\tb"}, "endpoints[0].name: 'a\\tb' has a control character"),
@@ -121,6 +128,9 @@ def test_an_address_that_cannot_be_one(address: Any, why: str) -> None:
             "endpoints[0].models[0]: must be text, not a boolean; quote it if it is meant as text",
         ),
         ({"models": ["a", "b", "a"]}, "endpoints[0].models[2]: 'a' is named twice"),
+        ({"metrics_port": "8002"}, "endpoints[0].metrics_port: must be a port from 1 to 65535, not '8002'"),
+        ({"metrics_port": 0}, "endpoints[0].metrics_port: must be a port from 1 to 65535, not 0"),
+        ({"metrics_port": True}, "endpoints[0].metrics_port: must be a port from 1 to 65535, not True"),
         ({"engine": "vlm"}, "endpoints[0].engine: 'vlm' is not known; known are other, vllm"),
         ({"labels": ["x"]}, "endpoints[0].labels: must be a mapping of text to text, not a list"),
         (
@@ -154,7 +164,7 @@ def test_what_may_not_be_left_out(key: str) -> None:
         ({"endpoint": []}, "endpoint: unknown key; the only one here is endpoints"),
         (
             ["10.0.0.1:8000"],
-            "endpoints[0]: must be a mapping with address, engine, labels, models, name, not text",
+            "endpoints[0]: must be a mapping with address, engine, labels, metrics_port, models, name, not text",
         ),
     ],
 )

@@ -81,6 +81,15 @@ def test_decisions() -> None:
     )
 
 
+def test_a_mixture_that_a_client_made_up_is_no_label_of_its_own() -> None:
+    made = metrics()
+    for text in ("least-request:1,throughput:2", "least-request:1,throughput:3"):
+        mixed = msgspec.structs.replace(decision(1), policy=text, fallback_reason="no-stats")
+        made.decided(msgspec.structs.replace(mixed, improvised=True), 0.5)
+    assert value(made, "envoy_extproc_decision_seconds_sum", policy="mix") == 1.0
+    assert value(made, "envoy_extproc_policy_fallbacks_total", policy="mix", reason="no-stats") == 2
+
+
 def test_in_flight_is_read_when_it_is_asked_for() -> None:
     made = metrics(("m", "pod-1", 3))
     assert value(made, "envoy_extproc_in_flight_requests", model="m", endpoint="pod-1") == 3
@@ -157,3 +166,15 @@ def test_histograms_are_true_ones() -> None:
     text = generate_latest(made.registry).decode()
     assert "gen_ai_server_time_to_first_token_seconds_bucket{" in text
     assert 'le="+Inf"' in text
+
+
+def test_breakers() -> None:
+    rows: list[tuple[str, int, dict[str, int]]] = [("pod-1", 2, {"refused": 2, "error": 1}), ("pod-2", 0, {})]
+    made = PrometheusMetrics(lambda: (), known=lambda _: True, breakers=lambda: rows)
+    opened = "envoy_extproc_breaker_opened_total"
+    assert value(made, opened, endpoint="pod-1", reason="refused") == 2
+    assert value(made, opened, endpoint="pod-1", reason="error") == 1
+    assert value(made, "envoy_extproc_endpoint_breaker_state", endpoint="pod-1") == 2
+    del rows[0]
+    assert 'endpoint="pod-1"' not in generate_latest(made.registry).decode()
+    assert value(made, "envoy_extproc_endpoint_breaker_state", endpoint="pod-2") == 0

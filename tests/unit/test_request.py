@@ -16,7 +16,13 @@ from envoy_extproc.openai import request as openai_request
 from envoy_extproc.openai import routes
 from envoy_extproc.openai.request import InferenceRequest, ask_for_usage, estimate_tokens
 
-CHAT, COMPLETIONS, EMBEDDINGS = routes.ROUTES
+CHAT, COMPLETIONS, EMBEDDINGS = routes.ROUTES[:3]
+ROUTE = {route.path: route for route in routes.ROUTES}
+
+
+def chat(**fields: Any) -> InferenceRequest:
+    """What a chat asks for: usage, where it does not say otherwise."""
+    return InferenceRequest(**{"add_usage": True, **fields})
 
 
 def decode(body: bytes, route: routes.Route = CHAT) -> InferenceRequest:
@@ -29,41 +35,41 @@ def decode(body: bytes, route: routes.Route = CHAT) -> InferenceRequest:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b'{"model":"m"}', InferenceRequest(model="m")),
-        (b'{"model":"m","stream":true}', InferenceRequest(model="m", stream=True)),
-        (b'{"model":"m","stream":false}', InferenceRequest(model="m")),
-        (b'{"model":"m","stream":null}', InferenceRequest(model="m")),
-        (b'{"model":"m","stream":1}', InferenceRequest(model="m")),
-        (b'{"model":"m","stream":"true"}', InferenceRequest(model="m")),
-        (b' \n{ "model" : "m" }\r\n', InferenceRequest(model="m")),
-        (b'{"mod\\u0065l":"\\u006d"}', InferenceRequest(model="m")),
-        ('{"model":"modèle"}'.encode(), InferenceRequest(model="modèle")),
+        (b'{"model":"m"}', chat(model="m")),
+        (b'{"model":"m","stream":true}', chat(model="m", stream=True)),
+        (b'{"model":"m","stream":false}', chat(model="m")),
+        (b'{"model":"m","stream":null}', chat(model="m")),
+        (b'{"model":"m","stream":1}', chat(model="m")),
+        (b'{"model":"m","stream":"true"}', chat(model="m")),
+        (b' \n{ "model" : "m" }\r\n', chat(model="m")),
+        (b'{"mod\\u0065l":"\\u006d"}', chat(model="m")),
+        ('{"model":"modèle"}'.encode(), chat(model="modèle")),
         # of duplicates the last, as Python's decoder
-        (b'{"model":"a","model":"m"}', InferenceRequest(model="m")),
-        (b'{"stream":true,"model":"m","stream":false}', InferenceRequest(model="m")),
+        (b'{"model":"a","model":"m"}', chat(model="m")),
+        (b'{"stream":true,"model":"m","stream":false}', chat(model="m")),
         # look-alikes deeper inside
         (
             b'{"messages":[{"model":"x","stream":true}],"model":"m"}',
-            InferenceRequest(model="m", prompt_tokens_estimate=8),
+            chat(model="m", prompt_tokens_estimate=8),
         ),
-        (b'{"model":"m","x":{"stream_options":{"include_usage":true}}}', InferenceRequest(model="m")),
+        (b'{"model":"m","x":{"stream_options":{"include_usage":true}}}', chat(model="m")),
         # stream_options
-        (b'{"model":"m","stream_options":null}', InferenceRequest(model="m", stream_options=True)),
+        (b'{"model":"m","stream_options":null}', chat(model="m", stream_options=True)),
         (
             b'{"model":"m","stream_options":{}}',
-            InferenceRequest(model="m", stream_options=True, add_usage=False),
+            chat(model="m", stream_options=True, add_usage=False),
         ),
         (
             b'{"model":"m","stream_options":7}',
-            InferenceRequest(model="m", stream_options=True, add_usage=False),
+            chat(model="m", stream_options=True, add_usage=False),
         ),
         (
             b'{"model":"m","stream_options":{"include_usage":true}}',
-            InferenceRequest(model="m", stream_options=True, add_usage=False),
+            chat(model="m", stream_options=True, add_usage=False),
         ),
         (
             b'{"model":"m","stream_options":{"include_usage":false}}',
-            InferenceRequest(model="m", stream_options=True),
+            chat(model="m", stream_options=True),
         ),
     ],
 )
@@ -98,7 +104,7 @@ def test_a_byte_order_mark_is_read_as_python_does() -> None:
     body = b'\xef\xbb\xbf{"model":"m","stream":true}'
     assert json.loads(body) == {"model": "m", "stream": True}
     read = decode(body)
-    assert read == InferenceRequest(model="m", stream=True)
+    assert read == chat(model="m", stream=True)
     assert json.loads(ask_for_usage(body, read))["stream_options"] == {"include_usage": True}
 
 
@@ -163,14 +169,118 @@ def test_embeddings_are_no_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("route", "member"), [(CHAT, b"messages"), (COMPLETIONS, b"prompt"), (EMBEDDINGS, b"input")]
+    ("route", "member"),
+    [(route, name) for route in routes.ROUTES if route.body is not routes.Body.FORM for name in route.prompt],
 )
-def test_each_route_has_its_prompt(route: routes.Route, member: bytes) -> None:
-    body = b'{"model":"m","' + member + b'":"' + b"x" * 398 + b'"}'
+def test_each_member_of_the_prompt_counts(route: routes.Route, member: str) -> None:
+    body = b'{"model":"m","' + member.encode() + b'":"' + b"x" * 398 + b'"}'
     assert decode(body, route).prompt_tokens_estimate == 100
-    for other in routes.ROUTES:
-        if other is not route:
-            assert decode(body, other).prompt_tokens_estimate == 0
+
+
+@pytest.mark.parametrize("route", routes.ROUTES)
+def test_other_members_do_not(route: routes.Route) -> None:
+    members = {name for other in routes.ROUTES for name in other.prompt} - set(route.prompt)
+    assert decode(
+        json.dumps({"model": "m"} | dict.fromkeys(members, "x")).encode(), route
+    ) == InferenceRequest(model="m", add_usage=route.accounting is routes.Accounting.ASKED)
+
+
+def test_a_prompt_in_several_members() -> None:
+    body = b'{"model":"m","query":"12","documents":["34","56"]}'
+    assert decode(body, ROUTE["/v1/rerank"]).prompt_tokens_estimate == 1 + 3
+
+
+@pytest.mark.parametrize("route", routes.ROUTES)
+@pytest.mark.parametrize("body", [b"{}", b'{"model":null}'])
+def test_a_model_is_needed_where_the_api_has_it_so(route: routes.Route, body: bytes) -> None:
+    if route.needs_model:
+        with pytest.raises(BadRequest, match="must provide a model"):
+            decode(body, route)
+    else:
+        assert decode(body, route).model is None
+
+
+@pytest.mark.parametrize("model", [b'""', b"7", b"[]", b"{}", b"true"])
+@pytest.mark.parametrize("route", routes.ROUTES)
+def test_a_model_that_is_no_name(route: routes.Route, model: bytes) -> None:
+    with pytest.raises(BadRequest, match="non-empty string"):
+        decode(b'{"model":' + model + b"}", route)
+
+
+@pytest.mark.parametrize(
+    ("members", "limit"),
+    [
+        ("", None),
+        (',"max_tokens":5', 5),
+        (',"max_completion_tokens":6,"max_tokens":5', 6),
+        (',"max_output_tokens":7', 7),
+        (',"max_tokens":0', None),
+        (',"max_tokens":-1', None),
+        (',"max_tokens":true', None),
+        (',"max_tokens":"9"', None),
+        (',"max_tokens":1.5', None),
+        (',"max_tokens":null', None),
+    ],
+)
+def test_the_limit_of_an_answer(members: str, limit: int | None) -> None:
+    assert decode(f'{{"model":"m"{members}}}'.encode()).max_output_tokens == limit
+
+
+def test_who_is_asked_for_usage() -> None:
+    asked = {route.path for route in routes.ROUTES if decode(b'{"model":"m","stream":true}', route).add_usage}
+    assert asked == {"/v1/chat/completions", "/v1/completions"}
+
+
+# -- forms ---------------------------------------------------------------------------------------------------------
+
+FORM = 'multipart/form-data; boundary="b"'
+TRANSCRIPTION = ROUTE["/v1/audio/transcriptions"]
+
+
+def form(*parts: tuple[str, bytes], boundary: bytes = b"b") -> bytes:
+    lines = b"".join(
+        b'--%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % (boundary, name.encode(), value)
+        for name, value in parts
+    )
+    return lines + b"--" + boundary + b"--\r\n"
+
+
+def test_a_form() -> None:
+    body = form(
+        ("file", b"RIFF" + b"\0" * 1000), ("model", b"whisper"), ("stream", b"true"), ("prompt", b"names")
+    )
+    assert openai_request.decode(body, TRANSCRIPTION, FORM) == InferenceRequest(
+        model="whisper", stream=True, prompt_tokens_estimate=2
+    )
+
+
+@pytest.mark.parametrize(("word", "stream"), [("True", True), ("1", True), ("false", False), ("", False)])
+def test_booleans_of_a_form(word: str, stream: bool) -> None:
+    body = form(("model", b"m"), ("stream", word.encode()))
+    assert openai_request.decode(body, TRANSCRIPTION, FORM).stream is stream
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "does not occur"),
+        (b'{"model":"m"}', "does not occur"),
+        (form(("file", b"x")), "must provide a model"),
+        (form(("model", b"")), "non-empty"),
+        (form(("model", b"m"))[:-8], "no end"),
+    ],
+)
+def test_forms_that_are_refused(body: bytes, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        openai_request.decode(body, TRANSCRIPTION, FORM)
+
+
+def test_json_where_a_form_is_usual() -> None:
+    """Engines with image edits over JSON; and a form without a boundary, which no engine reads either."""
+    edit = ROUTE["/v1/images/edits"]
+    assert openai_request.decode(b'{"model":"m"}', edit, "application/json").model == "m"
+    with pytest.raises(BadRequest, match="JSON"):
+        openai_request.decode(form(("model", b"m")), edit, "multipart/form-data")
 
 
 @given(st.binary(max_size=60))
@@ -201,6 +311,7 @@ def test_any_json_is_read_or_refused_as_python_reads_it(
         assert not (isinstance(model, str) and model)
     else:
         assert read.model == model
+        assert model or not route.needs_model
 
 
 # -- asking for usage ----------------------------------------------------------------------------------------------

@@ -11,13 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from envoy_extproc import mixes
 from envoy_extproc.endpoints import Endpoint, EngineStats, Snapshot
-from envoy_extproc.errors import BadPin, ModelNotFound, NoReadyEndpoint
+from envoy_extproc.errors import BadPin, BadSelector, ModelNotFound, NoReadyEndpoint
 from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.filters import ReachableFilter
-from envoy_extproc.scheduling.interfaces import Candidate, MissingDataError, Picker, SchedulingRequest, Scorer
+from envoy_extproc.scheduling.interfaces import (
+    Candidate,
+    MissingDataError,
+    Picker,
+    Remembering,
+    SchedulingRequest,
+    Scorer,
+)
 from envoy_extproc.scheduling.pickers import MaxScorePicker, PowerOfTwoPicker, RandomPicker, RoundRobinPicker
-from envoy_extproc.scheduling.pool import pool
+from envoy_extproc.scheduling.pool import left_out, pool
 from envoy_extproc.scheduling.profile import Profile
 from envoy_extproc.scheduling.scorers import LeastKvCacheScorer, LeastRequestScorer
 from tests.support.builders import MODEL, candidate, endpoint
@@ -117,7 +125,13 @@ def test_power_of_two_never_picks_the_most_loaded() -> None:
 def first_picks(picker: Picker, candidates: Sequence[Candidate], times: int) -> Counter[str]:
     rng = random.Random(7)
     scores = [1.0] * len(candidates)
-    return Counter(picker.pick(REQUEST, candidates, scores, rng)[0].endpoint.name for _ in range(times))
+    picks: Counter[str] = Counter()
+    for _ in range(times):
+        chosen = picker.pick(REQUEST, candidates, scores, rng)[0]
+        if isinstance(picker, Remembering):
+            picker.remember(REQUEST, chosen)
+        picks[chosen.endpoint.name] += 1
+    return picks
 
 
 @pytest.mark.parametrize("picker", [MaxScorePicker(), RandomPicker(), PowerOfTwoPicker(), RoundRobinPicker()])
@@ -129,10 +143,19 @@ def test_equals_are_picked_equally_often(picker: Picker) -> None:
     assert picks.total() == 5000
 
 
+def turn(
+    picker: RoundRobinPicker, candidates: Sequence[Candidate], request: SchedulingRequest = REQUEST
+) -> list[str]:
+    """The order of a decision that is carried out."""
+    order = picker.pick(request, candidates, [], random.Random())
+    picker.remember(request, order[0])
+    return names(order)
+
+
 def test_round_robin_goes_round() -> None:
     candidates = [candidate(number) for number in (3, 1, 2)]
     picker = RoundRobinPicker()
-    orders = [names(picker.pick(REQUEST, candidates, [], random.Random())) for _ in range(4)]
+    orders = [turn(picker, candidates) for _ in range(4)]
     assert orders == [
         ["pod-1", "pod-2", "pod-3"],
         ["pod-2", "pod-3", "pod-1"],
@@ -141,19 +164,26 @@ def test_round_robin_goes_round() -> None:
     ]
 
 
+def test_a_turn_that_is_only_looked_at_is_not_taken() -> None:
+    picker = RoundRobinPicker()
+    candidates = [candidate(1), candidate(2)]
+    looked = [names(picker.pick(REQUEST, candidates, [], random.Random())) for _ in range(2)]
+    assert looked == [["pod-1", "pod-2"]] * 2
+
+
 def test_round_robin_while_endpoints_come_and_go() -> None:
     picker = RoundRobinPicker()
 
-    def turn(*numbers: int) -> str:
-        return names(picker.pick(REQUEST, [candidate(each) for each in numbers], [], random.Random()))[0]
+    def turn_of(*numbers: int) -> str:
+        return turn(picker, [candidate(each) for each in numbers])[0]
 
-    assert turn(1, 2, 3) == "pod-1"
-    assert turn(1, 2, 3) == "pod-2"
-    assert turn(1, 3) == "pod-3"  # the one just picked left: the next one's turn stays
-    assert turn(1, 2, 3) == "pod-1"
-    assert turn(2, 3, 4) == "pod-2"
-    assert turn(1) == "pod-1"
-    assert turn(1) == "pod-1"
+    assert turn_of(1, 2, 3) == "pod-1"
+    assert turn_of(1, 2, 3) == "pod-2"
+    assert turn_of(1, 3) == "pod-3"  # the one just picked left: the next one's turn stays
+    assert turn_of(1, 2, 3) == "pod-1"
+    assert turn_of(2, 3, 4) == "pod-2"
+    assert turn_of(1) == "pod-1"
+    assert turn_of(1) == "pod-1"
 
 
 def test_round_robin_forgets_models_that_are_gone() -> None:
@@ -161,22 +191,35 @@ def test_round_robin_forgets_models_that_are_gone() -> None:
     outer = Profile("outer", picker=MaxScorePicker(), fallback=profile)
     candidates = [candidate(1), candidate(2), candidate(3)]
 
-    def turn(model: str | None) -> str:
-        return profile.run(SchedulingRequest(model=model), candidates, random.Random(1)).chosen.endpoint.name
+    def turn_of(model: str | None) -> str:
+        request = SchedulingRequest(model=model)
+        decision = profile.run(request, candidates, random.Random(1))
+        profile.remember(request, decision)
+        return decision.chosen.endpoint.name
 
-    assert [turn("stays"), turn("leaves"), turn(None)] == ["pod-1"] * 3
+    assert [turn_of("stays"), turn_of("leaves"), turn_of(None)] == ["pod-1"] * 3
     outer.keep_models({"stays"})
-    assert [turn("stays"), turn("leaves"), turn(None)] == ["pod-2", "pod-1", "pod-2"]
+    assert [turn_of("stays"), turn_of("leaves"), turn_of(None)] == ["pod-2", "pod-1", "pod-2"]
+
+
+def test_a_fallback_learns_only_from_what_it_decides() -> None:
+    turns = Profile("turns", picker=RoundRobinPicker())
+    kv = Profile("kv", picker=MaxScorePicker(), scorers=[(LeastKvCacheScorer(), 1.0)], fallback=turns)
+
+    def chosen(candidates: Sequence[Candidate]) -> str:
+        decision = kv.run(REQUEST, candidates, random.Random(1))
+        kv.remember(REQUEST, decision)
+        return decision.chosen.endpoint.name
+
+    mute, telling = [candidate(1), candidate(2)], [candidate(1, kv=0.1), candidate(2, kv=0.9)]
+    assert [chosen(mute), chosen(telling), chosen(mute), chosen(mute)] == ["pod-1", "pod-1", "pod-2", "pod-1"]
 
 
 def test_round_robin_counts_each_model_by_itself() -> None:
     picker = RoundRobinPicker()
     candidates = [candidate(1), candidate(2)]
     other = SchedulingRequest(model="other")
-    turns = [
-        names(picker.pick(request, candidates, [], random.Random()))[0]
-        for request in (REQUEST, other, REQUEST, other)
-    ]
+    turns = [turn(picker, candidates, request)[0] for request in (REQUEST, other, REQUEST, other)]
     assert turns == ["pod-1", "pod-1", "pod-2", "pod-2"]
 
 
@@ -186,9 +229,9 @@ V6 = Endpoint(name="six", address="[fd00::1]:8000", models=(MODEL,))
 SNAPSHOT = Snapshot(
     [
         endpoint(1),
-        Endpoint(name="pod-1b", address="10.0.0.1:8001", models=(MODEL,)),
+        Endpoint(name="pod-1b", address="10.0.0.1:8001", models=(MODEL,), labels={"gpu": "a10"}),
         endpoint(2),
-        Endpoint(name="other", address="10.0.0.9:8000", models=("other", "lora")),
+        Endpoint(name="other", address="10.0.0.9:8000", models=("other", "lora"), labels={"gpu": "l4"}),
         V6,
     ]
 )
@@ -213,6 +256,13 @@ OF_MODEL = {"pod-1", "pod-1b", "pod-2", "six"}
         (SchedulingRequest(model=MODEL, pin="fd00::1"), {"six"}),
         (SchedulingRequest(model=MODEL, pin="[fd00::1]:8000"), {"six"}),
         (SchedulingRequest(model=MODEL, pin="10.0.0.1", subset=("10.0.0.1:8001",)), {"pod-1b"}),
+        (SchedulingRequest(model=MODEL, selector="gpu"), {"pod-1b"}),
+        (SchedulingRequest(selector="gpu"), {"pod-1b", "other"}),
+        (SchedulingRequest(model=MODEL, selector=" "), OF_MODEL),
+        (SchedulingRequest(model=MODEL, selector="gpu!=a10"), OF_MODEL - {"pod-1b"}),
+        (SchedulingRequest(model=MODEL, selector="!gpu", subset=("10.0.0.1",)), {"pod-1"}),
+        (SchedulingRequest(model=MODEL, selector="gpu", pin="10.0.0.1"), {"pod-1b"}),
+        (SchedulingRequest(model=MODEL, selector="!gpu", pin="[fd00::1]:8000"), {"six"}),
     ],
 )
 def test_pool(request_: SchedulingRequest, allowed: set[str]) -> None:
@@ -232,11 +282,50 @@ def test_pool(request_: SchedulingRequest, allowed: set[str]) -> None:
         (SchedulingRequest(model=MODEL, pin="10.0.0.9:8000"), BadPin),
         (SchedulingRequest(model=MODEL, pin="pod-1"), BadPin),
         (SchedulingRequest(model=MODEL, pin="10.0.0.2", subset=("10.0.0.1",)), BadPin),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.2", selector="gpu"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="[fd00::1]:8000", selector="gpu"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.1:8000", selector="gpu=a10"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.1:8000", subset=("10.0.0.1:8001",)), BadPin),
+        (SchedulingRequest(model=MODEL, pin="[fd00::1]"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="[fd00::1]:8001"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="fd00::1:8000"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.1:"), BadPin),
+        (SchedulingRequest(model=MODEL, pin="10.0.0.1:8000,10.0.0.2:8000"), BadPin),
+        (SchedulingRequest(model=MODEL, selector="gpu=l4"), NoReadyEndpoint),
+        (SchedulingRequest(model=MODEL, selector="gpu", subset=("10.0.0.2",)), NoReadyEndpoint),
+        (SchedulingRequest(model=MODEL, selector="gpu="), NoReadyEndpoint),
+        (SchedulingRequest(model=MODEL, selector="gpu in a10"), BadSelector),
+        (SchedulingRequest(selector="="), BadSelector),
     ],
 )
 def test_pool_refuses(request_: SchedulingRequest, error: type[Exception]) -> None:
     with pytest.raises(error):
         pool(SNAPSHOT, request_, allow_pinning=True)
+
+
+def test_a_selector_that_selects_nobody_is_told_from_an_empty_house() -> None:
+    with pytest.raises(NoReadyEndpoint, match="external-filter"):
+        pool(SNAPSHOT, SchedulingRequest(model=MODEL, selector="gpu=h100"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "reasons"),
+    [
+        (SchedulingRequest(model=MODEL), {}),
+        (
+            SchedulingRequest(model=MODEL, subset=("10.0.0.1", "10.0.0.2"), selector="!gpu", pin="10.0.0.2"),
+            {
+                "10.0.0.1:8000": "pin",
+                "10.0.0.1:8001": "external-filter",
+                "[fd00::1]:8000": "subset",
+            },
+        ),
+    ],
+)
+def test_why_endpoints_of_the_model_are_left_out(
+    request_: SchedulingRequest, reasons: dict[str, str]
+) -> None:
+    assert left_out(SNAPSHOT, request_, allow_pinning=True) == reasons
 
 
 def test_nobody_is_there() -> None:
@@ -320,27 +409,63 @@ def test_weighted_scorers_add_up(weights: tuple[float, float], chosen: str) -> N
     assert profile.run(REQUEST, candidates, random.Random(1)).chosen.endpoint.name == chosen
 
 
+def told(numbers: st.SearchStrategy[float]) -> st.SearchStrategy[EngineStats]:
+    """Whatever an engine may tell: every field, or none."""
+    fields: dict[str, st.SearchStrategy[object]] = {
+        field: st.none() | numbers
+        for field in EngineStats.__struct_fields__
+        if field not in ("at", "loras", "waiting_loras", "max_loras")
+    }
+    loras = st.none() | st.frozensets(st.sampled_from([MODEL, "lora-1", "lora-2"]))
+    return st.builds(
+        EngineStats,
+        at=st.just(0.0),
+        loras=loras,
+        waiting_loras=loras,
+        max_loras=st.none() | st.integers(0, 4),
+        **fields,
+    )
+
+
 CANDIDATES = st.lists(
-    st.tuples(st.integers(0, 100), st.none() | st.floats(), st.booleans()),
+    st.tuples(
+        st.integers(0, 100),
+        st.none() | told(st.floats()) | told(st.sampled_from([0.0, 0.5, 1.0, 100.0, 1e-300, 1e14])),
+        st.booleans(),
+    ),
     min_size=1,
     max_size=8,
 ).map(
     lambda rows: [
-        candidate(number, in_flight, kv=kv, reachable=reachable)
-        for number, (in_flight, kv, reachable) in enumerate(rows)
+        Candidate(endpoint(number), in_flight, stats, reachable)
+        for number, (in_flight, stats, reachable) in enumerate(rows)
     ]
 )
+REQUESTS = st.builds(
+    SchedulingRequest,
+    model=st.just(MODEL),
+    prompt_tokens=st.integers(0, 10**6) | st.just(10**400),
+    max_output_tokens=st.none() | st.integers(-1, 10**6) | st.just(10**400),
+    adapter=st.booleans(),
+)
+MIXES = st.lists(
+    st.tuples(st.sampled_from(sorted(set(registry.POLICIES) - mixes.PICKING)), st.integers(1, 10**6)),
+    min_size=2,
+    unique_by=lambda member: member[0],
+).map(mixes.canonical)
+ANY_POLICY = st.sampled_from(registry.POLICIES) | MIXES
 
 
-@given(CANDIDATES, st.sampled_from(registry.POLICIES), st.integers(0, 1000), st.integers(1, 10))
+@given(CANDIDATES, REQUESTS, ANY_POLICY, st.integers(0, 1000), st.integers(1, 10))
 def test_what_holds_of_every_decision(
-    candidates: list[Candidate], policy: str, seed: int, tries: int
+    candidates: list[Candidate], request_: SchedulingRequest, policy: str, seed: int, tries: int
 ) -> None:
-    decision = registry.build()[policy].run(REQUEST, candidates, random.Random(seed), tries=tries)
+    decision = registry.build().find(policy).run(request_, candidates, random.Random(seed), tries=tries)
     everyone = {each.endpoint.address for each in candidates}
     order = [each.address for each in decision.order]
     left = [each.endpoint.address for each in decision.candidates]
-    assert decision.chosen in candidates
+    assert decision.policy == policy
+    assert any(decision.chosen is each for each in candidates)
     assert order[0] == decision.chosen.endpoint.address
     assert set(order) <= set(left) <= everyone
     assert len(order) == tries
@@ -355,13 +480,15 @@ def test_what_holds_of_every_decision(
         assert all(math.isfinite(value) and 0 <= value <= 1 for value in scores.values)
     if any(each.reachable for each in candidates):
         assert decision.chosen.reachable
-    else:
+    elif not request_.adapter:
         assert set(left) == everyone
 
 
-@given(CANDIDATES, st.sampled_from(registry.POLICIES), st.integers(0, 1000))
+@given(CANDIDATES, ANY_POLICY, st.integers(0, 1000))
 def test_the_same_chance_makes_the_same_decision(candidates: list[Candidate], policy: str, seed: int) -> None:
-    one, other = (registry.build()[policy].run(REQUEST, candidates, random.Random(seed)) for _ in range(2))
+    one, other = (
+        registry.build().find(policy).run(REQUEST, candidates, random.Random(seed)) for _ in range(2)
+    )
     assert one.order == other.order
 
 

@@ -15,11 +15,17 @@ import pytest
 import structlog.testing
 from aiohttp import web
 
-from envoy_extproc.endpoints import Endpoint, EngineState, EngineStats, Snapshot
-from envoy_extproc.engines.scraper import Scraper, ScrapeSettings, fresh
+from envoy_extproc.endpoints import Endpoint, EngineState, EngineStats, ServedModel, Snapshot
+from envoy_extproc.engines.dialects import dialects
+from envoy_extproc.engines.scraper import Scraper, ScrapeSettings
 
 INTERVAL = 0.02  # seconds
-FAST = ScrapeSettings(interval=INTERVAL, timeout=0.1, max_bytes=10_000)
+FAST = ScrapeSettings(
+    interval=INTERVAL, idle_interval=INTERVAL, models_interval=2 * INTERVAL, timeout=0.1, max_bytes=10_000
+)
+LAZY = ScrapeSettings(interval=INTERVAL, idle_interval=30 * INTERVAL, timeout=0.1)
+IDLE = b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n"
+MODELS = b'{"object":"list","data":[{"id": "m", "x":[1.0]},{"id":"a","parent":"m"}]}'
 PAGE = b'vllm:num_requests_running{engine="0"} 3\nvllm:generation_tokens_total %d\n'
 
 
@@ -31,6 +37,8 @@ class Engine:
         self.address = ""
         self.asked: list[float] = []
         self.connections: set[object] = set()
+        self.models: bytes | int = MODELS
+        self.models_asked: list[float] = []
         self.at_once = 0
         self.most_at_once = 0
 
@@ -43,6 +51,15 @@ class Engine:
             return await self.answer(request)
         finally:
             self.at_once -= 1
+
+    async def list_models(self, request: web.Request) -> web.StreamResponse:
+        self.models_asked.append(time.monotonic())
+        if isinstance(self.models, int):
+            return web.Response(status=self.models)
+        return web.Response(body=self.models)
+
+    async def idle(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=IDLE)
 
     async def page(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=PAGE % len(self.asked))
@@ -76,6 +93,8 @@ class Engine:
 async def serving(engine: Engine, port: int = 0) -> AsyncIterator[Engine]:
     app = web.Application()
     app.router.add_get("/metrics", engine.handle)
+    app.router.add_get("/elsewhere/metrics", engine.handle)
+    app.router.add_get("/v1/models", engine.list_models)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
@@ -137,15 +156,15 @@ async def test_a_page_becomes_stats_and_two_become_rates() -> None:
             )
             assert later.stats is not None
             assert later.stats.generation_tokens_per_second is not None
-            assert 0 < later.stats.generation_tokens_per_second < 2 / INTERVAL
+            assert 0 < later.stats.generation_tokens_per_second < 20 / INTERVAL
 
 
-async def test_one_connection_one_scrape_at_a_time_one_each_interval() -> None:
+async def test_connections_are_kept_and_scrapes_come_one_at_a_time_one_each_interval() -> None:
     async with serving(Engine()) as engine:
         scraper = scraping(engine.endpoint())
         async with running(scraper):
             await asyncio.sleep(20 * INTERVAL)
-        assert len(engine.connections) == 1
+        assert len(engine.connections) <= 2  # one to scrape, one for the list of models
         assert engine.most_at_once == 1
         assert 10 <= len(engine.asked) <= 22
 
@@ -167,7 +186,7 @@ async def test_a_slow_engine_is_not_hurried() -> None:
 
 
 async def test_scrapes_spread_over_the_interval() -> None:
-    settings = ScrapeSettings(interval=0.2, timeout=1)
+    settings = ScrapeSettings(interval=0.8, timeout=1)
     async with contextlib.AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(serving(Engine())) for _ in range(12)]
         scraper = scraping(*(each.endpoint(each.address) for each in engines), settings=settings)
@@ -186,7 +205,9 @@ async def test_scrapes_under_way_are_bounded() -> None:
         settings = ScrapeSettings(interval=INTERVAL, timeout=5, concurrency=1)
         scraper = scraping(engine.endpoint("a"), other.endpoint("b"), settings=settings)
         async with running(scraper):
-            await asyncio.sleep(5 * INTERVAL)
+            async with asyncio.timeout(5):
+                while not engine.at_once:
+                    await asyncio.sleep(INTERVAL)
             engine.asked.clear()
             other.asked.clear()
             await asyncio.sleep(5 * INTERVAL)
@@ -372,12 +393,178 @@ async def test_a_session_that_was_handed_in_is_left_open() -> None:
         assert not session.closed
 
 
-@pytest.mark.parametrize(("now", "is_fresh"), [(10.0, True), (11.0, True), (11.01, False)])
-def test_freshness_is_the_readers_question(now: float, is_fresh: bool) -> None:
-    stats = EngineStats(at=10.0, running=1.0)
-    assert fresh(EngineState(stats=stats, failures=3), now, 1.0) == (stats if is_fresh else None)
+async def idle_one(stack: contextlib.AsyncExitStack, scraper: Scraper) -> Engine:
+    """An engine without work, followed for long enough that it is asked rarely."""
+    engine = Engine()
+    engine.answer = engine.idle
+    await stack.enter_async_context(serving(engine))
+    scraper.update(Snapshot([engine.endpoint()]))
+    await stack.enter_async_context(running(scraper))
+    await becomes(scraper, engine.address, lambda state: state.interval == LAZY.idle_interval)
+    return engine
 
 
-def test_what_was_never_read_is_not_fresh() -> None:
-    assert fresh(EngineState(), 0.0, 1.0) is None
-    assert fresh(None, 0.0, 1.0) is None
+async def test_an_engine_without_work_is_asked_ever_more_rarely() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        engine = await idle_one(stack, Scraper(Random(1), LAZY))
+        assert len(engine.asked) == 5
+        assert engine.asked[-1] - engine.asked[0] > 15 * INTERVAL  # 2, 4, 8 and 16 of them, not 4
+        engine.asked.clear()
+        await asyncio.sleep(10 * INTERVAL)
+        assert len(engine.asked) <= 1
+
+
+async def test_a_choice_pulls_the_next_beat_forward() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        scraper = Scraper(Random(1), LAZY)
+        engine = await idle_one(stack, scraper)
+        engine.asked.clear()
+        scraper.hurry("10.0.0.1:1")  # nobody
+        scraper.hurry(engine.address)
+        chosen = time.monotonic()
+        await becomes(scraper, engine.address, lambda state: state.interval == INTERVAL)
+        assert engine.asked[0] - chosen < 4 * INTERVAL
+        state = await becomes(scraper, engine.address, lambda state: state.interval > INTERVAL)
+        assert state.interval == 2 * INTERVAL
+
+
+async def test_until_the_next_scrape_the_interval_is_that_of_the_last() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        scraper = Scraper(Random(1), LAZY)
+        engine = await idle_one(stack, scraper)
+        scraper.hurry(engine.address)
+        assert scraper.states[engine.address].interval == LAZY.idle_interval
+
+
+async def test_whoever_has_a_request_of_ours_is_asked_quickly() -> None:
+    in_flight: set[str] = set()
+    async with contextlib.AsyncExitStack() as stack:
+        scraper = Scraper(Random(1), LAZY, busy=in_flight.__contains__)
+        engine = await idle_one(stack, scraper)
+        in_flight.add(engine.address)
+        scraper.hurry(engine.address)
+        await becomes(scraper, engine.address, lambda state: state.interval == INTERVAL)
+        engine.asked.clear()
+        await asyncio.sleep(10 * INTERVAL)
+        assert len(engine.asked) >= 5
+        assert scraper.states[engine.address].interval == INTERVAL
+
+
+async def test_whoever_is_out_of_reach_is_asked_rarely_and_seen_when_it_is_back() -> None:
+    engine, port = Engine(), closed_port()
+    engine.address = f"127.0.0.1:{port}"
+    failed: list[float] = []
+    scraper = Scraper(Random(1), LAZY, on_failure=lambda *_: failed.append(time.monotonic()))
+    scraper.update(Snapshot([engine.endpoint()]))
+    async with running(scraper):
+        await becomes(scraper, engine.address, lambda state: state.failures == 5)
+        assert failed[-1] - failed[0] > 15 * INTERVAL  # 2, 4, 8 and 16 of them, not 4
+        async with serving(engine, port):
+            back = time.monotonic()
+            await becomes(scraper, engine.address, lambda state: state.reachable)
+            assert time.monotonic() - back < LAZY.idle_interval + LAZY.timeout
+
+
+def test_to_hurry_who_is_quick_costs_nothing() -> None:
+    scraper = scraping(Endpoint(name="a", address="10.0.0.1:1", models=("m",)))
+    begin = time.process_time()
+    for _ in range(10_000):
+        scraper.hurry("10.0.0.1:1")
+    assert time.process_time() - begin < 0.01  # 1 us each
+
+
+SERVED = (
+    ServedModel(id="m", entry=b'{"id": "m", "x":[1.0]}'),
+    ServedModel(id="a", parent="m", entry=b'{"id":"a","parent":"m"}'),
+)
+
+
+async def test_models_are_listed_and_a_new_one_is_seen() -> None:
+    async with serving(Engine()) as engine:
+        scraper = scraping(engine.endpoint())
+        async with running(scraper):
+            state = await becomes(scraper, engine.address, lambda state: state.served is not None)
+            assert state.served == SERVED
+            engine.models = b'{"data": []}'
+            state = await becomes(scraper, engine.address, lambda state: state.served != SERVED)
+            assert state.served == ()
+            assert (state.failures, state.error) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("models", "kept"),
+    [(404, False), (401, False), (b"<html>", False), (b" " * 2_000_000, False), (503, True)],
+)
+async def test_a_list_that_is_none_is_no_failure(models: bytes | int, kept: bool) -> None:
+    async with serving(Engine()) as engine:
+        scraper = scraping(engine.endpoint())
+        async with running(scraper):
+            await becomes(scraper, engine.address, lambda state: state.served is not None)
+            engine.models = models
+            engine.models_asked.clear()
+            async with asyncio.timeout(5):
+                while len(engine.models_asked) < 3:
+                    await asyncio.sleep(INTERVAL)
+            state = scraper.states[engine.address]
+        assert state.served == (SERVED if kept else None)
+        assert (state.failures, state.error, state.reachable) == (0, None, True)
+
+
+async def test_models_are_asked_for_again_when_the_endpoint_comes_back() -> None:
+    engine, port = Engine(), closed_port()
+    engine.address = f"127.0.0.1:{port}"
+    scraper = Scraper(
+        Random(1), ScrapeSettings(interval=INTERVAL, idle_interval=INTERVAL, models_interval=3600)
+    )
+    scraper.update(Snapshot([engine.endpoint()]))
+    async with running(scraper):
+        await becomes(scraper, engine.address, lambda state: state.failures > 3)
+        async with serving(engine, port):
+            state = await becomes(scraper, engine.address, lambda state: state.served is not None)
+            assert state.served == SERVED
+        await becomes(scraper, engine.address, lambda state: not state.reachable)
+        assert scraper.states[engine.address].served == SERVED
+        engine.models = b'{"data": []}'
+        async with serving(engine, port):
+            await becomes(scraper, engine.address, lambda state: state.served == ())
+    assert len(engine.models_asked) <= 3
+
+
+async def test_an_engine_that_says_nothing_of_itself_is_asked_for_its_models_alone() -> None:
+    async with serving(Engine()) as engine:
+        scraper = scraping(engine.endpoint(engine="generic"))
+        async with running(scraper):
+            state = await becomes(scraper, engine.address, lambda state: state.served is not None)
+        assert state == EngineState(served=SERVED)
+        assert engine.asked == []
+
+
+async def test_an_engine_without_such_a_list_is_not_asked_for_it() -> None:
+    mine = dialects({"mine": {"base": "triton", "port": None, "waiting": "vllm:num_requests_running"}})
+    async with serving(Engine()) as engine:
+        scraper = Scraper(Random(1), FAST, dialects=mine)
+        scraper.update(Snapshot([engine.endpoint(engine="mine")]))
+        async with running(scraper):
+            await becomes(scraper, engine.address, lambda state: state.stats is not None)
+            await asyncio.sleep(5 * INTERVAL)
+        assert engine.models_asked == []
+        assert scraper.states[engine.address].served is None
+
+
+async def test_the_page_can_be_on_another_port_and_path() -> None:
+    mine = dialects({"mine": {"base": "vllm", "path": "/elsewhere/metrics", "port": closed_port()}})
+    async with serving(Engine()) as engine, serving(Engine()) as page:
+        scraper = Scraper(Random(1), FAST, dialects=mine)
+        endpoint = Endpoint(
+            name="a",
+            address=engine.address,
+            models=("m",),
+            engine="mine",
+            metrics_port=int(page.address.rpartition(":")[2]),
+        )
+        scraper.update(Snapshot([endpoint]))
+        async with running(scraper):
+            await becomes(scraper, engine.address, lambda state: state.stats is not None)
+            await becomes(scraper, engine.address, lambda state: state.served is not None)
+        assert engine.asked == []
+        assert page.models_asked == []

@@ -530,6 +530,21 @@ async def test_fault_error(client: Client, path: str, status: int) -> None:
     assert (response.status, error["code"], error["param"]) == (status, status, None)
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, EMBEDDINGS])
+async def test_an_engine_that_fails_whatever_it_is_asked(path: str) -> None:
+    async with serving(faults=Faults(error=500)) as client:
+
+        async def status(asked: str, simulate: str = "") -> int:
+            body = asks(path) if asked == path else None
+            async with client.request(asked, body, simulate=simulate) as response:
+                return int(response.status)
+
+        assert [await status("/health"), await status("/metrics")] == [200, 200]
+        assert [await status(path), await status(path, simulate="tokens=1")] == [500, 200]
+        client.engine.faults = Faults()
+        assert await status(path) == 200
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 async def test_fault_error_event(client: Client, count: int) -> None:
     chunks = await client.chunks(asks(CHAT), simulate=f"error-event={count}")

@@ -423,8 +423,8 @@ NAMED = {
 }
 
 
-def load_report(form: str, candidate: Candidate) -> str:
-    reply = Continue(phase=Phase.RESPONSE_HEADERS, load_report=LoadReport(form, candidate))
+def load_report(form: str, candidate: Candidate, rate: float = 0.0) -> str:
+    reply = Continue(phase=Phase.RESPONSE_HEADERS, load_report=LoadReport(form, candidate, rate))
     (option,) = common(reply).header_mutation.set_headers
     assert option.header.key == "endpoint-load-metrics"
     return option.header.raw_value.decode()
@@ -464,9 +464,10 @@ READERS = {"TEXT": read_text, "JSON": read_json, "BIN": read_binary}
 
 @pytest.mark.parametrize("form", READERS)
 def test_a_load_report_read_again(form: str) -> None:
-    message = READERS[form](load_report(form, Candidate(endpoint(1), 4, STATS)))
+    message = READERS[form](load_report(form, Candidate(endpoint(1), 4, STATS), 2.0))
     assert dict(message.named_metrics) == NAMED
     assert (message.rps_fractional, message.mem_utilization) == (2.5, 0.75)
+    assert message.application_utilization == 0.25
 
 
 @pytest.mark.parametrize("form", READERS)
@@ -487,8 +488,9 @@ def test_what_an_engine_does_not_tell_is_left_out(form: str, stats: EngineStats 
 )
 def test_the_three_forms_say_the_same(stats: EngineStats) -> None:
     text, as_json, binary = (
-        read(load_report(form, Candidate(endpoint(1), 1, stats))) for form, read in READERS.items()
+        read(load_report(form, Candidate(endpoint(1), 1, stats), 0.5)) for form, read in READERS.items()
     )
     assert as_json == binary
     assert dict(text.named_metrics) == pytest.approx(dict(binary.named_metrics))
     assert text.rps_fractional == pytest.approx(binary.rps_fractional)
+    assert text.application_utilization == pytest.approx(binary.application_utilization)
