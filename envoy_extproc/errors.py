@@ -7,6 +7,7 @@
     |   +-- BadSelector 400       `external-filter` is no label selector
     +-- ModelNotFound 404
     +-- PayloadTooLarge 413
+    +-- HeadersTooLarge 431
     +-- NoReadyEndpoint 503       the model is known, but nobody can serve it now
     +-- Internal 500              a defect of this server
 
@@ -87,6 +88,17 @@ class ModelNotFound(GatewayError):
     error_type = "client"
     detail = "model_not_found"
     header = ("x-error-no-model-backends", "true")
+
+
+class HeadersTooLarge(GatewayError):
+    """The request's headers leave no room for those that routing adds."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "request_headers_too_large"
+    error_type = "client"
+    detail = "request_headers_too_large"
+    header = ("x-error-request-body-processing", "true")
 
 
 class PayloadTooLarge(GatewayError):

@@ -37,6 +37,11 @@ class Headers:
         return len(self._items)
 
     @property
+    def size(self) -> int:
+        """Characters of all names and values."""
+        return sum([len(name) + len(value) for name, value in self._items])
+
+    @property
     def names(self) -> Iterable[str]:
         """The distinct names."""
         return self._first.keys()

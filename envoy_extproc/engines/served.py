@@ -25,6 +25,7 @@ _entry = msgspec.json.Decoder(_Entry)
 def served_models(body: bytes) -> tuple[ServedModel, ...] | None:
     """The models in the engine's order, each with its entry byte for byte; None if `body` is no such list."""
     try:
+        body.decode()  # msgspec steps over strings without looking at their bytes; clients would get them in our list
         return tuple(_served(bytes(raw)) for raw in _models.decode(body).data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

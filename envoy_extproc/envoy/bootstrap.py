@@ -28,6 +28,7 @@ Json = dict[str, Any]
 _TYPE = "type.googleapis.com/envoy."
 _BREAKER = 1_000_000  # connections, requests, retries: no limit that a fleet reaches
 _WINDOW = 1_048_576
+_MOST_HEADERS, _MOST_HEADERS_KB = 128, 68
 _LOG_CLUSTER = (
     "access_log"  # the same servers; a full breaker that lets requests past must not silence their log
 )
@@ -176,6 +177,9 @@ def _listener(options: BootstrapOptions) -> Json:
         "preserve_external_request_id": True,  # engines build their ids from the client's own x-request-id
         "stream_idle_timeout": "600s",  # the longest silence before or between two tokens
         "request_headers_timeout": "10s",
+        # Envoy's own limits of 100 and 60 KiB hold for clients, at this server; what it adds comes on top of them.
+        "common_http_protocol_options": {"max_headers_count": _MOST_HEADERS},
+        "max_request_headers_kb": _MOST_HEADERS_KB,
         "request_timeout": "60s",  # for the upload of the request
         "http2_protocol_options": {
             "max_concurrent_streams": 1000,
@@ -373,7 +377,11 @@ def _pods(options: BootstrapOptions) -> Json:
     }
     protocol = {
         # Python servers close an idle connection after 5 s; Envoy must be first, or a request meets the close.
-        "common_http_protocol_options": {"idle_timeout": "4s"},
+        "common_http_protocol_options": {
+            "idle_timeout": "4s",
+            "max_headers_count": _MOST_HEADERS,
+            "max_response_headers_kb": _MOST_HEADERS_KB,
+        },
         "explicit_http_config": {"http_protocol_options": {}},
     }
     return {

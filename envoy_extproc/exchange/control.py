@@ -27,6 +27,8 @@ _REMOVED = frozenset(
         "x-slo-ttft-ms",
     }
 )
+_MOST_HEADERS = 110
+_MOST_HEADER_BYTES = 61_440 + 1024
 _REMOVED_PREFIXES = ("x-llm-d-", "x-gateway-inference-")
 
 
@@ -71,7 +73,18 @@ def body_is_encoded(headers: Headers) -> bool:
     return (headers.get("content-encoding") or "identity").strip().lower() not in ("", "identity")
 
 
+def too_many(headers: Headers) -> bool:
+    """Whether Envoy would refuse to add ours: its own limits are 100 headers and 60 KiB, and it has added some itself."""
+    return len(headers) > _MOST_HEADERS or headers.size > _MOST_HEADER_BYTES
+
+
 def content_length(headers: Headers) -> int | None:
     """The announced length of the body; None where there is none that is a number."""
     length = headers.get("content-length")
     return int(length) if length is not None and length.isdecimal() and len(length) < 20 else None
+
+
+def status(headers: Headers) -> int | None:
+    """The status of an answer; None where there is none that is a number."""
+    value = headers.get(":status") or ""
+    return int(value) if value.isdecimal() and len(value) == 3 else None

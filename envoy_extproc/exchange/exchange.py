@@ -31,7 +31,13 @@ from typing import Any
 
 from envoy_extproc import orca
 from envoy_extproc.endpoints import Endpoint
-from envoy_extproc.errors import BadRequest, GatewayError, ModelNotFound, PayloadTooLarge
+from envoy_extproc.errors import (
+    BadRequest,
+    GatewayError,
+    HeadersTooLarge,
+    ModelNotFound,
+    PayloadTooLarge,
+)
 from envoy_extproc.exchange import control, replies
 from envoy_extproc.exchange.commands import (
     PASS,
@@ -176,6 +182,10 @@ class Exchange:
         record.started = event.at
         record.request_id = headers.get("x-request-id") or self._new_request_id()
         record.path = target.partition("?")[0]
+        if control.too_many(headers):
+            return self._refuse(
+                HeadersTooLarge("The request's headers are larger than this gateway accepts.")
+            )
         if event.end_of_stream and headers.get(":method") == "GET":
             wanted = routes.listed_model(target)
             if wanted is not None:
@@ -281,8 +291,9 @@ class Exchange:
 
     def _refuse(self, error: GatewayError) -> Sequence[Command]:
         self.state = State.ANSWERED
-        self.record.refusal = error
-        self.record.status = error.status
+        # Its traceback would hold frames, which hold this exchange and the body, until a garbage collection.
+        error.__context__ = None
+        self.record.refusal, self.record.status = error.with_traceback(None), error.status
         return (replies.refusal(self.record, error),)
 
     def _too_large(self) -> PayloadTooLarge:
@@ -294,7 +305,7 @@ class Exchange:
     def response_headers(self, event: ResponseHeaders) -> Sequence[Command]:
         """Who answered, and whether the answer is to be read."""
         record = self.record
-        record.status = _status(event.headers)
+        record.status = control.status(event.headers)
         record.attempts = event.attempts
         record.local_reply = event.local_reply
         record.answer_ended = event.end_of_stream
@@ -491,8 +502,3 @@ def _heard(event: ResponseHeaders) -> tuple[Heard, ...]:
     """What the engine told of its load; nothing where it told nothing, or Envoy answered itself."""
     parsed = orca.of(event.headers)
     return () if event.upstream is None or parsed is orca.ABSENT else (Heard(event.upstream, parsed),)
-
-
-def _status(headers: Headers) -> int | None:
-    status = headers.get(":status") or ""
-    return int(status) if status.isdecimal() and len(status) == 3 else None

@@ -5,6 +5,7 @@ Fields are set by attribute and `.add()`: nested constructor arguments cost thre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import assert_never
 
@@ -107,7 +108,7 @@ def _response_headers(message: ext_proc_pb2.ProcessingRequest, at: float) -> Res
     address = attributes["upstream.address"].string_value if "upstream.address" in attributes else ""
     name = "upstream.request_attempt_count"
     # Without the attribute, which a hand-written configuration may not ask for, an address means an attempt.
-    attempts = int(attributes[name].number_value) if name in attributes else int(bool(address))
+    attempts = _whole(attributes[name].number_value) if name in attributes else int(bool(address))
     details = (
         attributes["response.code_details"].string_value if "response.code_details" in attributes else ""
     )
@@ -123,7 +124,12 @@ def _lua_version(message: ext_proc_pb2.ProcessingRequest) -> int:
     namespaces = message.metadata_context.filter_metadata
     if LUA_METADATA not in namespaces:
         return 0
-    return int(namespaces[LUA_METADATA].fields["v"].number_value)
+    return _whole(namespaces[LUA_METADATA].fields["v"].number_value)
+
+
+def _whole(number: float) -> int:
+    """A count that comes as a double; 0 for what is no number."""
+    return int(number) if math.isfinite(number) else 0
 
 
 def _subset(message: ext_proc_pb2.ProcessingRequest) -> tuple[str, ...] | None:

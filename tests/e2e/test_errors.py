@@ -300,6 +300,7 @@ CASES: Mapping[str, Ask] = {
     "bad-filter": asking(headers={"external-filter": "=("}),
     "bad-pin": asking(headers={"target-pod-ip": "10.0.0.1:1"}),
     "body-too-large": announces_too_much,
+    "headers-too-large": asking(headers={f"x-{number}": "1" for number in range(110)}),
     "body-encoded": asking(data=lambda: b"\x1f\x8b", headers={"content-encoding": "gzip"}),
     "trailers-without-body": trailers_without_body,
     "nobody-ready": asking(headers={SUBSET: "10.0.0.1:1"}),

@@ -215,6 +215,21 @@ async def test_every_message_twice(gateway: Gateway, channel: grpc.aio.Channel) 
     await check_alive(gateway)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1e300])
+async def test_numbers_that_are_none(gateway: Gateway, channel: grpc.aio.Channel, number: float) -> None:
+    """The version of the script and the count of attempts come as doubles."""
+    request_id = new_id()
+    first, last = Request.FromString(request_headers(request_id)), Request.FromString(response_headers())
+    first.metadata_context.filter_metadata["envoy_extproc_lua"].fields["v"].number_value = number
+    attributes = last.attributes["envoy.filters.http.ext_proc"].fields
+    attributes["upstream.request_attempt_count"].number_value = number
+    messages = [first.SerializeToString(), request_body(GOOD_BODY), last.SerializeToString()]
+    replies = await converse(channel, messages)
+    assert kinds(replies) == ["request_headers", "request_body", "response_headers"]
+    await gateway.report(request_id)
+    await check_alive(gateway)
+
+
 async def test_a_thousand_request_headers(gateway: Gateway, channel: grpc.aio.Channel) -> None:
     request_id = new_id()
     replies = await converse(channel, [request_headers(request_id)] * 1000)

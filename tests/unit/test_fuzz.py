@@ -12,9 +12,9 @@ from tests.fuzz.draw import stretched
 from tests.fuzz.run import Finished, report_of, run
 from tests.fuzz.targets import TARGETS, load
 
-RUNS = {"sse": 600, "stream": 300, "lua": 400, "page": 400}
-"""Inputs for the slower targets: two seconds each."""
-MOST_RUNS = 3000
+RUNS = {"sse": 2000, "stream": 800, "lua": 1500, "page": 1000}
+"""Inputs for the slower targets: some two seconds each."""
+MOST_RUNS = 6000
 
 with_fuzzer = pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None,

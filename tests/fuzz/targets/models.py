@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from envoy_extproc.engines.served import served_models
@@ -33,7 +34,10 @@ def check(data: bytes) -> None:
         served = served_models(text)
     for model in served or ():
         assert model.entry in text
-        assert model.id.encode()  # no lone surrogate: it goes into headers and labels
+        assert json.loads(model.entry)["id"] == model.id, (
+            "the entry stands in our own list: all of that must be JSON"
+        )
+        model.id.encode()  # no lone surrogate: it goes into headers and labels
 
 
 def seeds() -> Iterator[bytes]:
