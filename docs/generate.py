@@ -58,6 +58,12 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if name == "static":
             yield from _rows(settings.StaticSource, "static.")
             continue
+        if name == "kubernetes":
+            yield from _rows(settings.KubernetesSource, "kubernetes.")
+            continue
+        if name == "tls":
+            yield from _rows(settings.Tls, "tls.")
+            continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _rows(field.annotation, f"{prefix}{name}.")
             continue

@@ -25,8 +25,10 @@ from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.engines.dialects import dialects
 from envoy_extproc.envoy.bootstrap import BootstrapOptions, bootstrap
 from envoy_extproc.envoy.eds import EndpointsFile
+from envoy_extproc.envoy.tls import ServerTls
 from envoy_extproc.scheduling.registry import POLICIES
 from envoy_extproc.server.app import App, static_endpoints
+from envoy_extproc.server.healthcheck import NotAnswering, ask_health
 from envoy_extproc.settings import ENV_PREFIX, Settings, SettingsError
 from envoy_extproc.settings import load as load_settings
 from envoy_extproc.simulation.demo import run as run_demo
@@ -216,8 +218,42 @@ def bootstrap_options(settings: Settings, endpoints: tuple[Endpoint, ...]) -> Bo
         tries=settings.routing.tries,
         message_timeout=settings.envoy.message_timeout_seconds,
         endpoints_file=settings.envoy.endpoints_file,
-        watched=settings.discovery.static is not None and settings.discovery.static.file is not None,
+        watched=settings.discovery.static is None or settings.discovery.static.file is not None,
+        server_tls=_server_tls(settings),
     )
+
+
+def _server_tls(settings: Settings) -> ServerTls | None:
+    tls, envoy = settings.server.tls, settings.envoy
+    if tls is None:
+        return None
+    if envoy.server_ca_file is None:
+        _fail("envoy.server_ca_file: Envoy needs it where server.tls is set, to know its servers")
+    if tls.client_ca_file is not None and envoy.client_cert_file is None:
+        _fail("envoy.client_cert_file: Envoy needs it where server.tls.client_ca_file is set")
+    return ServerTls(
+        ca_file=envoy.server_ca_file,
+        name=envoy.server_name,
+        cert_file=envoy.client_cert_file,
+        key_file=envoy.client_key_file,
+    )
+
+
+@cli.command()
+def healthcheck(
+    config_file: ConfigFile,
+    service: Annotated[str, typer.Option(help="liveness, or readiness, which the empty name is too.")] = "",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 2.0,
+) -> None:
+    """Asks the server of this configuration on this machine whether it is ready. Exits 0 or 1, for HEALTHCHECK."""
+    try:
+        settings = load_settings(config_file, policies=POLICIES)
+        status = _run(ask_health(settings, _reachable(settings.server.listen), service, timeout))
+    except (SettingsError, NotAnswering) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None  # Docker keeps 2 for itself
+    typer.echo(status)
+    raise typer.Exit(0 if status == "SERVING" else 1)
 
 
 def _reachable(address: str) -> str:

@@ -8,6 +8,7 @@ Service called envoy-extproc Kubernetes puts ``ENVOY_EXTPROC_SERVICE_HOST`` and 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -53,6 +54,20 @@ class _Section(BaseModel):
     )
 
 
+class Tls(_Section):
+    """TLS on the ext_proc port. The files are read again when they have changed, for connections made from then on."""
+
+    cert_file: Path
+    """The certificate and what is between it and its CA, in PEM."""
+    key_file: Path
+    """Its key, in PEM, not encrypted."""
+    client_ca_file: Path | None = None
+    """Whose certificates clients must have: whoever reaches the port can route, and can write reports. null asks for none."""
+    reload_seconds: float = Field(default=1, ge=0, le=3600)
+    """A client that connects has the files looked at, at most so often: connections are few, and a flood is not to read
+    files. Renewed certificates overlap by days."""
+
+
 class Server(_Section):
     """This server's ports and bounds."""
 
@@ -62,10 +77,14 @@ class Server(_Section):
     """Metrics and health over HTTP; 9090 is where Prometheus operators look first."""
     drain_seconds: Seconds = 30
     """Kubernetes' default termination grace; a stream still open then is given back to Envoy, not cut."""
+    linger_seconds: Seconds = 1.5
+    """A server that drains takes new streams for at least so long, within `drain_seconds`: until Envoy has asked for its
+    health, each second. 5 where Envoy learns of it by a control plane or DNS alone, which needs a moment longer."""
     max_body_bytes: int = Field(default=33_554_432, ge=1024, le=1_073_741_824)
     """32 MiB: a dozen images in base64. Envoy buffers as much for each request it has under way."""
-    tls: None = None
-    """Reserved: TLS on the ext_proc port is not there yet."""
+    tls: Tls | None = None
+    """{cert_file, key_file, client_ca_file: null, reload_seconds: 1}: TLS on the ext_proc port, read again when renewed on
+    disk; with a client CA, clients must have a certificate too. null: ext_proc stays within a network that can be trusted."""
     debug_token: str | None = Field(default=None, min_length=8, repr=False)
     """Opens /debug to others than loopback; without one, loopback alone."""
 
@@ -85,17 +104,63 @@ class StaticSource(_Section):
         return self
 
 
+_namespace = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+def _checked_namespaces(value: tuple[str, ...]) -> tuple[str, ...]:
+    if value == ("*",):
+        return value
+    for each in value:
+        if _namespace.fullmatch(each) is None:
+            raise ValueError(f'{each!r} is no namespace; all of them are ["*"] alone')
+    if len(set(value)) < len(value):
+        raise ValueError("a namespace is named twice")
+    return value
+
+
+Namespaces = Annotated[tuple[str, ...], AfterValidator(_checked_namespaces)]
+
+
+class KubernetesSource(_Section):
+    """Pods of a Kubernetes cluster, by label."""
+
+    namespaces: Namespaces = ()
+    """Where pods are looked for. Empty: in the server's own, which needs no rights in others; `["*"]`: in all."""
+    label_selector: str = "model.aibrix.ai/name"
+    """Which pods: a Kubernetes label selector, applied by the API. By default those that AIBrix would find."""
+    kubeconfig: Path | None = None
+    """The file that says where the cluster is. null: the pod's own service account."""
+    context: str | None = None
+    """Of that file. null: its current one."""
+    debounce_ms: int = Field(default=50, ge=0, le=10_000)
+    """Changes that come within it are told together: a rollout is a hundred in a second, and each list is for everyone."""
+    page_size: int = Field(default=500, ge=1, le=10_000)
+    """Objects in one page of a list; kubectl's own figure."""
+    routes: bool = False
+    """Watch HTTPRoutes too, and tell of models whose route is not accepted: needs the right to read them."""
+    route_namespaces: Namespaces = ()
+    """Where routes are looked for; AIBrix keeps them in a namespace of their own. Empty: where pods are."""
+
+    @model_validator(mode="after")
+    def _context_of_a_file(self) -> Self:
+        if self.context is not None and self.kubeconfig is None:
+            raise ValueError("context: is one of a kubeconfig, so give `kubeconfig` too")
+        return self
+
+
 class Discovery(_Section):
     """Who may be chosen."""
 
     static: StaticSource | None = None
-    kubernetes: None = None
-    """Reserved: discovery from Kubernetes is not there yet."""
+    kubernetes: KubernetesSource | None = None
+    """Instead of `static`: docs/kubernetes.md. All of its keys have defaults: `kubernetes: {}`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.static is None:
-            raise ValueError("give `static`: nobody can be chosen otherwise")
+        if self.static is None and self.kubernetes is None:
+            raise ValueError("give `static` or `kubernetes`: nobody can be chosen otherwise")
+        if self.static is not None and self.kubernetes is not None:
+            raise ValueError("give either `static` or `kubernetes`, not both")
         return self
 
 
@@ -191,6 +256,14 @@ class EnvoySettings(_Section):
     """Envoy's admin port can stop it: loopback alone."""
     servers: tuple[Address, ...] = ()
     """Further ext_proc addresses besides `server.listen`."""
+    server_ca_file: Path | None = None
+    """With `server.tls`: the CA by which Envoy knows the servers, as a path where Envoy runs."""
+    server_name: str | None = Field(default=None, min_length=1)
+    """With `server.tls`: the name in the servers' certificate. null: the host of their addresses."""
+    client_cert_file: Path | None = None
+    """With `server.tls.client_ca_file`: Envoy's own certificate, as a path where Envoy runs."""
+    client_key_file: Path | None = None
+    """Its key."""
     message_timeout_seconds: float = Field(default=10, gt=0, le=600)
     """How long Envoy waits for a reply. 2,000 requests that arrive at once take a server on a busy core 2 seconds; with
     less time than that Envoy would let some of them past. A server that is dead is noticed by its connection."""
@@ -199,6 +272,12 @@ class EnvoySettings(_Section):
     it by its ending. null: they stand in the bootstrap, and Envoy knows no others."""
     fail_open: Literal["auto"] | bool = "auto"
     """auto: open while neither authentication nor limits are on, since then nothing is guarded by being closed."""
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Self:
+        if (self.client_cert_file is None) != (self.client_key_file is None):
+            raise ValueError("give both client_cert_file and client_key_file, or neither")
+        return self
 
 
 class State(_Section):

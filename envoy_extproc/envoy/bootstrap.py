@@ -21,6 +21,7 @@ import yaml
 
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.envoy.eds import CLUSTER, assignment, socket_address
+from envoy_extproc.envoy.tls import ServerTls, transport_socket
 from envoy_extproc.exchange.control import DESTINATION
 
 Json = dict[str, Any]
@@ -99,6 +100,7 @@ class BootstrapOptions(msgspec.Struct, frozen=True, kw_only=True):
         message_timeout: seconds Envoy waits for a reply.
         endpoints_file: where Envoy reads the pods instead, as often as it is replaced; None for `endpoints` as they are.
         watched: whether pods may come and go while Envoy runs.
+        server_tls: how the servers are spoken to in TLS; None for none.
     """
 
     listen: str
@@ -111,6 +113,7 @@ class BootstrapOptions(msgspec.Struct, frozen=True, kw_only=True):
     message_timeout: float = 10.0
     endpoints_file: Path | None = None
     watched: bool = False
+    server_tls: ServerTls | None = None
 
 
 def bootstrap(options: BootstrapOptions) -> str:
@@ -132,7 +135,7 @@ def _advice(options: BootstrapOptions) -> str:
         )
     if options.watched:
         return (
-            "The endpoints file is watched, but not by Envoy:\n"
+            "Endpoints are watched here, but not by Envoy:\n"
             "# it does not know pods added later until this is printed again and Envoy restarted, and gives their\n"
             "# requests to a pod of its own choice. Set `envoy.endpoints_file`, and Envoy learns of them at once.\n"
         )
@@ -438,6 +441,7 @@ def _server_cluster(name: str, options: BootstrapOptions) -> Json:
         "typed_extension_protocol_options": _protocol_options(
             {"explicit_http_config": {"http2_protocol_options": http2}}
         ),
+        **({} if options.server_tls is None else transport_socket(options.server_tls, options.servers)),
         "load_assignment": assignment(name, options.servers),
     }
 

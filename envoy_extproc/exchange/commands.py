@@ -108,6 +108,10 @@ SHOW_RESPONSE = Continue(phase=Phase.REQUEST_HEADERS, response_headers=True)
 """The reply to request headers whose answer is to be read here."""
 
 
+HIDE_RESPONSE = Continue(phase=Phase.REQUEST_HEADERS, response_headers=False)
+"""The reply to request headers whose answer is left to `native.lua`: where Envoy was told to show its headers, it need not."""
+
+
 class Respond(msgspec.Struct, frozen=True, kw_only=True):
     """ImmediateResponse: answer the client instead of an engine.
 

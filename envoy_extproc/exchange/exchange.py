@@ -40,6 +40,7 @@ from envoy_extproc.errors import (
 )
 from envoy_extproc.exchange import control, replies
 from envoy_extproc.exchange.commands import (
+    HIDE_RESPONSE,
     PASS,
     SHOW_RESPONSE,
     BodyMode,
@@ -200,7 +201,7 @@ class Exchange:
         if length is not None and length > self._settings.max_body_bytes:
             return self._refuse(self._too_large())
         self.state = State.AWAIT_REQUEST_BODY
-        return (PASS[Phase.REQUEST_HEADERS] if self._native else SHOW_RESPONSE,)
+        return (HIDE_RESPONSE if self._native else SHOW_RESPONSE,)
 
     def request_body(self, event: RequestBody) -> Sequence[Command]:
         """The whole body: reads it, and asks the engine for usage in it where none would come by itself."""

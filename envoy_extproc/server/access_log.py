@@ -35,6 +35,9 @@ _DEFECT = "{internal_error"
 _TURN_SECONDS = 3.0
 """How long one log stream is read. Envoy opens the next one with the next server, so each hears that the log is wired."""
 
+_LAST_SECONDS = 0.3
+"""How long a stream that is to end may be without a message before it is ended without one: three of Envoy's intervals."""
+
 _UNFINISHED = (access_log_pb2.DownstreamStart, access_log_pb2.DownstreamPeriodic)
 """Entries of requests under way, which `access_log_options` can ask Envoy for: the one at the end says it all."""
 
@@ -106,8 +109,15 @@ class AccessLog:
         return Response()
 
     def end(self) -> None:
-        """Ends the streams, which no Envoy does by itself: a server that stops would wait for them."""
-        self._ending = True
+        """Ends the streams, which no Envoy does by itself: a server that stops would wait for them.
+
+        Each right behind its next message, since a message under way would be lost; those that are silent a little later.
+        """
+        if not self._ending:
+            self._ending = True
+            asyncio.get_running_loop().call_later(_LAST_SECONDS, self._cut)
+
+    def _cut(self) -> None:
         while self._readers:
             self._readers.pop().cancel()
 
@@ -117,7 +127,7 @@ class AccessLog:
             self._lane.heard()
             self._take(message.http_logs.log_entry)
             # Right behind a message, so that none is under way: Envoy flushes again only after its interval.
-            if self._clock() > until:
+            if self._ending or self._clock() > until:
                 return
 
     def _take(self, entries: Sequence[LogEntry]) -> None:

@@ -34,6 +34,7 @@ class Admin:
         director: what /debug looks at.
         debug_token: opens /debug from anywhere; None leaves it to loopback.
         breaker: what the circuit breaker of an address does; None where there is none.
+        routes: what the Gateways say of each model's HTTPRoutes; None where nobody watches them.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Admin:
         director: Director,
         debug_token: str | None,
         breaker: Callable[[str], str | None] = lambda _: None,
+        routes: Callable[[], object] | None = None,
     ) -> None:
         self._registry = registry
         self._ready = ready
         self._director = director
         self._debug_token = debug_token
         self._breaker = breaker
+        self._routes = routes
 
     def app(self) -> web.Application:
         """The application to serve."""
@@ -59,6 +62,7 @@ class Admin:
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/debug/endpoints", self._guarded(self._endpoints))
         app.router.add_get("/debug/decisions", self._guarded(self._decisions))
+        app.router.add_get("/debug/routes", self._guarded(self._routed))
         app.router.add_post("/debug/explain", self._guarded(self._explain))
         return app
 
@@ -104,6 +108,11 @@ class Admin:
         limit, model = _limit(request.query.get("limit")), request.query.get("model")
         wanted = [each for each in reversed(director.decisions) if model is None or each[1].model == model]
         return _json([_decision(*each, director.asked(each[1]), now) for each in wanted[:limit]])
+
+    async def _routed(self, _: web.Request) -> web.Response:
+        if self._routes is None:
+            raise web.HTTPNotFound(text="nobody watches: see discovery.kubernetes.routes\n")
+        return _json(self._routes())
 
     async def _explain(self, request: web.Request) -> web.Response:
         try:

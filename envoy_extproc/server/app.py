@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ from aiohttp import web
 
 from envoy_extproc import orca
 from envoy_extproc.discovery import Discovery
+from envoy_extproc.discovery.kubernetes import KubernetesDiscovery
+from envoy_extproc.discovery.kubernetes_routes import RouteWatcher
 from envoy_extproc.discovery.parse import parse_endpoints
 from envoy_extproc.discovery.static import FileDiscovery, StaticDiscovery
 from envoy_extproc.endpoints import Endpoint, EngineState, Snapshot
@@ -31,6 +33,8 @@ from envoy_extproc.server.director import Director, RoutingRules
 from envoy_extproc.server.health import Health
 from envoy_extproc.server.native_lane import NativeLane
 from envoy_extproc.server.servicer import ExternalProcessor, Parts
+from envoy_extproc.server.tls import Certificates
+from envoy_extproc.settings import Server as ServerSettings
 from envoy_extproc.settings import Settings
 from envoy_extproc.state.breakers import BreakerRules, Breakers
 from envoy_extproc.state.load_reports import LoadReports
@@ -38,7 +42,7 @@ from envoy_extproc.state.memory import InFlight
 from envoy_extproc.state.rates import Rates
 from envoy_extproc.telemetry import Hooks
 from envoy_extproc.telemetry.log import RequestLog
-from envoy_extproc.telemetry.prometheus import PrometheusMetrics
+from envoy_extproc.telemetry.prometheus import PrometheusMetrics, RouteRows, UnusableRows, WatchRows
 
 log = structlog.get_logger()
 
@@ -86,6 +90,8 @@ class App:
             breakers=self._breakers.rows,
         )
         self._discovery = _discovery(settings)
+        self._routes = _routes(settings, lambda: self._director.snapshot.models)
+        self._metrics.follow_discovery(*_discovery_rows(self._discovery, self._routes))
         self._scraper = Scraper(
             random.Random(),  # noqa: S311  phases, not secrets
             _scrape_settings(settings),
@@ -138,6 +144,7 @@ class App:
             director=self._director,
             debug_token=settings.server.debug_token,
             breaker=self._breakers.describe,
+            routes=None if self._routes is None else self._routes.described,
         )
         self.ext_proc_port = 0
         self.admin_port = 0
@@ -150,7 +157,8 @@ class App:
             OSError: a port cannot be had.
         """
         async with self._grpc() as server, self._http(), asyncio.TaskGroup() as group:
-            work = (self._discover(), self._scraper.run(), self._follow_adapters())
+            work = [self._discover(), self._scraper.run(), self._follow_adapters()]
+            work += [] if self._routes is None else [self._routes.run()]
             tasks = [group.create_task(each) for each in work]
             log.info("serving", ext_proc_port=self.ext_proc_port, admin_port=self.admin_port)
             await stop.wait()
@@ -210,16 +218,19 @@ class App:
         self._director.update(snapshot)
 
     async def _drain(self, server: grpc.aio.Server) -> None:
-        """Readiness off, then wait for the streams under way, then give back what is left, then stop."""
+        """Readiness off, then serve on until nobody comes and all have gone, then give back what is left, then stop."""
         log.info("draining", streams=self._processor.live)
         await self._health.drain()
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._settings.server.linger_seconds  # streams still come until Envoy has heard
         try:
             async with asyncio.timeout(self._settings.server.drain_seconds):
-                while self._processor.live:
+                while self._processor.live or clock() < until:
                     self._processor.give_back(held_only=True)
                     await asyncio.sleep(_DRAIN_STEP_SECONDS)
         except TimeoutError:
-            log.warning("drain_timeout", streams=self._processor.live)
+            if self._processor.live:
+                log.warning("drain_timeout", streams=self._processor.live)
         await self._hear_the_last()
         await self._stop(server)
 
@@ -250,7 +261,7 @@ class App:
         server.add_generic_rpc_handlers((self._processor.handler(), self._access_log.handler()))
         self._health.add_to(server)
         await self._health.start()
-        self.ext_proc_port = _bind(server, settings.listen)
+        self.ext_proc_port = _bind(server, settings)
         await server.start()
         try:
             yield server
@@ -296,17 +307,38 @@ def static_endpoints(settings: Settings) -> tuple[Endpoint, ...]:
 
 
 def _discovery(settings: Settings) -> Discovery:
-    source = settings.discovery.static
+    kubernetes, source = settings.discovery.kubernetes, settings.discovery.static
+    if kubernetes is not None:
+        return KubernetesDiscovery(kubernetes, engines=dialects(settings.engines.dialects).keys())
     if source is not None and source.file is not None:
         return FileDiscovery(source.file, engines=dialects(settings.engines.dialects).keys())
     return StaticDiscovery(static_endpoints(settings))
 
 
-def _bind(server: grpc.aio.Server, address: str) -> int:
+def _routes(settings: Settings, models: Callable[[], Sequence[str]]) -> RouteWatcher | None:
+    kubernetes = settings.discovery.kubernetes
+    return RouteWatcher(kubernetes, models=models) if kubernetes is not None and kubernetes.routes else None
+
+
+def _discovery_rows(
+    discovery: Discovery, routes: RouteWatcher | None
+) -> tuple[WatchRows, UnusableRows, RouteRows]:
+    pods = discovery if isinstance(discovery, KubernetesDiscovery) else None
+    watchers = [each for each in (pods, routes) if each is not None]
+    return (
+        lambda: [(each.what, each.silent, each.failures) for watcher in watchers for each in watcher.healths],
+        lambda: [] if pods is None else pods.unusable.items(),
+        lambda: [] if routes is None else [(each.model, each.state == "accepted") for each in routes.states],
+    )
+
+
+def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
     try:
-        return server.add_insecure_port(address)
+        if settings.tls is None:
+            return server.add_insecure_port(settings.listen)
+        return server.add_secure_port(settings.listen, Certificates(settings.tls).credentials())
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {address}: the port is taken or not allowed") from error
+        raise OSError(f"cannot listen on {settings.listen}: the port is taken or not allowed") from error
 
 
 def _grpc_options(max_body_bytes: int) -> Iterator[tuple[str, Any]]:

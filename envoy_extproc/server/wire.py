@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from envoy_extproc._proto import base_pb2, ext_proc_pb2, orca_pb2
 from envoy_extproc.exchange.commands import (
+    HIDE_RESPONSE,
     PASS,
     SHOW_RESPONSE,
     BodyMode,
@@ -73,6 +74,8 @@ def encode(reply: Continue | Respond) -> ext_proc_pb2.ProcessingResponse:
     """The message of a reply."""
     if isinstance(reply, Respond):
         return _immediate(reply)
+    if reply is HIDE_RESPONSE:
+        return _HIDE_RESPONSE
     if reply is SHOW_RESPONSE:
         return _SHOW_RESPONSE
     return _READY[reply.phase] if reply is PASS[reply.phase] else _continue(reply)
@@ -216,8 +219,11 @@ def _set_mode(mode: ext_proc_pb2.ProcessingMode, reply: Continue) -> None:
     mode.request_body_mode = _BODY_MODES[reply.request_body or BodyMode.BUFFERED]
     if reply.request_body is BodyMode.NONE:
         # To ask about trailers, Envoy 1.40 stops behind a body that it has passed on already, and then passes on what
-        # it keeps of it for retries a second time (envoyproxy/envoy#45470). Left unset, trailers are as configured.
+        # it keeps of it for retries a second time (envoyproxy/envoy#45470).
         mode.request_trailer_mode = _MODE.SKIP
+    elif reply.phase is Phase.REQUEST_HEADERS:
+        # Trailers without a body come in its place; a gateway whose configuration cannot ask for them lets such requests past.
+        mode.request_trailer_mode = _MODE.SEND
     mode.response_header_mode = _MODE.SKIP if reply.response_headers is False else _MODE.SEND
     mode.response_body_mode = _BODY_MODES[reply.response_body or BodyMode.NONE]
     # Trailers end a body that is read, in place of a last empty message.
@@ -280,7 +286,7 @@ _DECODERS: Mapping[str | None, Callable[[ext_proc_pb2.ProcessingRequest, float],
 _READY: Mapping[Phase, ext_proc_pb2.ProcessingResponse] = {
     phase: _continue(reply) for phase, reply in PASS.items()
 }
-_SHOW_RESPONSE = _continue(SHOW_RESPONSE)
+_HIDE_RESPONSE, _SHOW_RESPONSE = _continue(HIDE_RESPONSE), _continue(SHOW_RESPONSE)
 
 __all__ = [
     "LUA_METADATA",

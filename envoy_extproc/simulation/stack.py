@@ -213,6 +213,7 @@ class Stack:
         others = [f"{_LOOPBACK}:{port}" for port in self.server_ports[1:]]
         return {
             "discovery": {"static": {"endpoints": [dict(endpoint) for endpoint in endpoints]}},
+            "server": {"linger_seconds": 0},  # Envoy is stopped first
             "envoy": {
                 "listen": f"{_LOOPBACK}:{self.port}",
                 "admin": f"{_LOOPBACK}:{self.envoy_admin_port}",

@@ -39,6 +39,16 @@ NativeCounts = Callable[[], tuple[int, int]]
 """Exchanges of the native lane: ended, reported."""
 
 
+WatchRows = Callable[[], Iterable[tuple[str, float, Mapping[str, int]]]]
+"""(what is watched, seconds since the Kubernetes API last spoke of it, failures by kind) of every watch."""
+
+UnusableRows = Callable[[], Iterable[tuple[str, int]]]
+"""(reason, pods) of those that are ready and make no sense."""
+
+RouteRows = Callable[[], Iterable[tuple[str, bool]]]
+"""(model, whether Envoy's Gateway takes a route of it) of every model whose routes are watched."""
+
+
 class _InFlightCollector(Collector):
     """Reads the counts when it is asked, so there is no second copy of them to go wrong."""
 
@@ -81,6 +91,53 @@ class _BreakerCollector(Collector):
                 opened.add_metric([endpoint, reason], count)
         yield states
         yield opened
+
+
+class _DiscoveryCollector(Collector):
+    """What the Kubernetes API said, and when."""
+
+    def __init__(self, watches: WatchRows, unusable: UnusableRows, routes: RouteRows) -> None:
+        self._watches = watches
+        self._unusable = unusable
+        self._routes = routes
+
+    def collect(self) -> Iterator[Metric]:
+        """Two gauges and a counter of the watches, a gauge of the routes."""
+        silent = GaugeMetricFamily(
+            "envoy_extproc_discovery_silent_seconds",
+            "Since the Kubernetes API last spoke; it does so once a minute though nothing changes.",
+            labels=["watched"],
+        )
+        failures = CounterMetricFamily(
+            "envoy_extproc_discovery_failures",
+            "Lists and watches of the Kubernetes API that failed, by kind.",
+            labels=["watched", "kind"],
+        )
+        for watched, seconds, kinds in self._watches():
+            silent.add_metric([watched], seconds)
+            for kind, count in kinds.items():
+                failures.add_metric([watched, kind], count)
+        yield from (silent, failures, self._pods(), self._accepted())
+
+    def _pods(self) -> Metric:
+        pods = GaugeMetricFamily(
+            "envoy_extproc_discovery_unusable_pods",
+            "Pods that are ready, but whose labels or annotations make no sense.",
+            labels=["reason"],
+        )
+        for reason, count in self._unusable():
+            pods.add_metric([reason], count)
+        return pods
+
+    def _accepted(self) -> Metric:
+        accepted = GaugeMetricFamily(
+            "envoy_extproc_route_accepted",
+            "Whether a model has an HTTPRoute that its Gateways take: 1 yes, 0 no.",
+            labels=["model"],
+        )
+        for model, taken in self._routes():
+            accepted.add_metric([model], int(taken))
+        return accepted
 
 
 class _NativeCollector(Collector):
@@ -157,6 +214,10 @@ class PrometheusMetrics:
         )
         self._unknown = self._counter("unknown_messages", "Messages of Envoy's of a kind not known.")
         self._scrapes = self._counter("scrape_failures", "Scrapes of an engine that failed.", "endpoint")
+
+    def follow_discovery(self, watches: WatchRows, unusable: UnusableRows, routes: RouteRows) -> None:
+        """Tells of discovery, too; once."""
+        self.registry.register(_DiscoveryCollector(watches, unusable, routes))
 
     def _measures(self) -> None:
         self._duration = self._histogram(

@@ -429,6 +429,20 @@ async def test_streams_that_nobody_ends_are_ended_without_an_error() -> None:
             assert await stream.code() is grpc.StatusCode.OK
 
 
+async def test_a_message_under_way_is_not_lost_when_streams_are_ended() -> None:
+    async with service() as served, asyncio.timeout(5):
+        streams = [served.open() for _ in range(5)]
+        for stream in streams:
+            await stream.write(message())
+        await eventually(lambda: sum(served.counts) == 5)
+        for stream in streams:
+            await stream.write(message())
+        served.log.end()
+        for stream in streams:
+            await stream
+        assert sum(served.counts) == 10
+
+
 async def test_a_server_that_stops_does_not_wait_for_them() -> None:
     async with service() as served, asyncio.timeout(5):
         stream = served.open()

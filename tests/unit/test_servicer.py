@@ -371,7 +371,7 @@ async def test_an_exchange_that_is_handed_over_is_held_and_reported_by_its_entry
     async with service(lane=lane) as served:
         stream = served.open()
         first = await say(stream, request_headers(lua=1))
-        assert not first.HasField("mode_override")
+        assert first.mode_override.response_header_mode == ext_proc_pb2.ProcessingMode.SKIP
         routed = await say(stream, request_body())
         fields = routed.dynamic_metadata.fields[wire.METADATA].struct_value.fields
         assert (fields["native"].number_value, fields["id"].string_value) == (1, "id-1")

@@ -57,7 +57,10 @@ def test_the_least_configuration() -> None:
         ({"server": {"listen": ":9002"}}, "configuration: server.listen: must be host:port"),
         ({"server": {"listen": "a:70000"}}, "configuration: server.listen: must be host:port"),
         ({"server": {"listen": "a:-1"}}, "configuration: server.listen: must be host:port"),
-        ({"server": {"tls": {}}}, "configuration: server.tls: Input should be None"),
+        (
+            {"server": {"tls": {"cert_file": "c"}}},
+            "configuration: server.tls.key_file: Field required",
+        ),
         (
             {"routing": {"policy": "best"}},
             f"configuration: routing.policy: no policy 'best'; there are {', '.join(POLICIES)}",
@@ -73,7 +76,10 @@ def test_the_least_configuration() -> None:
             {"envoy": {"endpoints_file": "pods.yaml"}},
             "configuration: envoy.endpoints_file: must end in .json",
         ),
-        ({"discovery": {}}, "configuration: discovery: give `static`: nobody can be chosen otherwise"),
+        (
+            {"discovery": {}},
+            "configuration: discovery: give `static` or `kubernetes`: nobody can be chosen otherwise",
+        ),
         ({"discovery": {"static": {}}}, "configuration: discovery.static: give either `endpoints` or `file`"),
         ({"_env_file": "x"}, "configuration: _env_file: unknown key"),
         ({"_cli_parse_args": True}, "configuration: _cli_parse_args: unknown key"),

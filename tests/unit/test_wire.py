@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from envoy_extproc._proto import base_pb2, ext_proc_pb2, orca_pb2
 from envoy_extproc.endpoints import EngineStats
 from envoy_extproc.exchange.commands import (
+    HIDE_RESPONSE,
     PASS,
     SHOW_RESPONSE,
     BodyMode,
@@ -357,14 +358,19 @@ def test_whether_the_headers_of_an_answer_come_is_said_with_the_request(shown: b
     assert (override.response_body_mode, override.response_trailer_mode) == (Mode.NONE, Mode.SKIP)
 
 
-def test_an_answer_that_is_to_be_read_here_is_asked_for_with_the_first_reply() -> None:
-    message = encode(SHOW_RESPONSE)
+@pytest.mark.parametrize(
+    ("reply", "shown", "mode"), [(SHOW_RESPONSE, True, Mode.SEND), (HIDE_RESPONSE, False, Mode.SKIP)]
+)
+def test_whether_an_answer_is_read_here_is_said_with_the_first_reply(
+    reply: Continue, shown: bool, mode: Mode.HeaderSendMode.ValueType
+) -> None:
+    message = encode(reply)
     assert message.WhichOneof("response") == "request_headers"
     override = message.mode_override
-    assert override.response_header_mode == Mode.SEND
+    assert override.response_header_mode == mode
     assert (override.request_body_mode, override.response_body_mode) == (Mode.BUFFERED, Mode.NONE)
-    assert override.request_trailer_mode == Mode.DEFAULT  # as configured: they may come without a body
-    same = Continue(phase=Phase.REQUEST_HEADERS, response_headers=True)
+    assert override.request_trailer_mode == Mode.SEND  # they may come without a body
+    same = Continue(phase=Phase.REQUEST_HEADERS, response_headers=shown)
     assert message.SerializeToString() == encode(same).SerializeToString()
 
 
