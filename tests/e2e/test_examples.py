@@ -142,8 +142,9 @@ async def test_envoy_gateway_lets_no_request_past_that_has_trailers_and_no_body(
 async def test_envoy_gateway_shows_no_answer_that_the_script_reads(all_models: tuple[str, Gateway]) -> None:
     lane, gateway = all_models
     stat = "http.http-10080.ext_proc.stream_msgs_sent"
-    before = await gateway.envoy_stat(stat)
-    await ask(gateway, chat())
+    before, request_id = await gateway.envoy_stat(stat), new_id()
+    await ask(gateway, chat(), **{"x-request-id": request_id})
+    await gateway.report(request_id)
     assert await gateway.envoy_stat(stat) - before == (2 if lane == "native" else 4)
 
 

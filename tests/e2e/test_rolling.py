@@ -30,7 +30,7 @@ async def test_scaling_and_a_rolling_restart(directory: Path) -> None:
     """Both lanes, and open and closed, are in the table of `python -m tests.bench.rolling`: a minute each."""
     load = Load(long_seconds=DRAIN_SECONDS + 3)
     async with rolling(directory, config()) as fleet:
-        await play(fleet, load, offsets=(0.0, 1.5), grace=GRACE_SECONDS)
+        await play(fleet, load, offsets=(-1.0, 0.0, 1.5), grace=GRACE_SECONDS)
     print(*(f"{phase.name}: {phase.requests}" for phase in fleet.phases), sep="\n")
     assert_nothing_lost(fleet)
     assert sum(phase.requests for phase in fleet.phases) > 1000

@@ -219,7 +219,10 @@ async def test_renewal_under_load_loses_nothing(directory: Path, files: Files, m
         found = Counter(line["request_id"] for line in at.gateway.reports())
         assert found == Counter([*load.ids, reading.request_id])
         events = Counter(line["event"] for line in at.gateway.log_lines())
-        assert (events["tls_renewed"], events["tls_unusable"]) == (3, 3)
+        assert events["tls_renewed"] == 3
+        assert (
+            3 <= events["tls_unusable"] <= 6
+        )  # once each, and once more where the second write was seen half done
 
 
 @pytest.mark.parametrize("fail_open", [True, False], ids=["open", "closed"])

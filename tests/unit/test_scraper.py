@@ -465,14 +465,6 @@ async def test_whoever_is_out_of_reach_is_asked_rarely_and_seen_when_it_is_back(
             assert time.monotonic() - back < LAZY.idle_interval + LAZY.timeout
 
 
-def test_to_hurry_who_is_quick_costs_nothing() -> None:
-    scraper = scraping(Endpoint(name="a", address="10.0.0.1:1", models=("m",)))
-    begin = time.process_time()
-    for _ in range(10_000):
-        scraper.hurry("10.0.0.1:1")
-    assert time.process_time() - begin < 0.01  # 1 us each
-
-
 SERVED = (
     ServedModel(id="m", entry=b'{"id": "m", "x":[1.0]}'),
     ServedModel(id="a", parent="m", entry=b'{"id":"a","parent":"m"}'),
