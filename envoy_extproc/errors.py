@@ -5,6 +5,7 @@
     |   +-- UnknownStrategy 400   `routing-strategy` names no policy
     |   +-- BadPin 400            `target-pod-ip` names no ready endpoint of the model, or pinning is off
     |   +-- BadSelector 400       `external-filter` is no label selector
+    |   +-- UnknownProfile 400    `config-profile` names no profile of the model
     +-- ModelNotFound 404
     +-- PayloadTooLarge 413
     +-- HeadersTooLarge 431
@@ -76,6 +77,13 @@ class BadSelector(BadRequest):
     """The header `external-filter` is no label selector."""
 
     detail = "bad_external_filter"
+    header = ("x-error-routing", "true")
+
+
+class UnknownProfile(BadRequest):
+    """The header `config-profile` names no profile of the model."""
+
+    detail = "unknown_config_profile"
     header = ("x-error-routing", "true")
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableVariable
 
@@ -187,6 +188,43 @@ class Breaker(_Section):
         return self
 
 
+class Fairness(_Section):
+    """How `vtc-basic` counts what users are served, and what it makes of it."""
+
+    window_seconds: float = Field(default=300, ge=1, le=86_400)
+    """AIBrix's: who was busy five minutes ago is like anybody else now."""
+    input_weight: float = Field(default=1, ge=0, le=1000)
+    """Of a prompt token."""
+    output_weight: float = Field(default=2, ge=0, le=1000)
+    """Of a token of the answer: it costs a pass of its own, so the field counts it twice."""
+    apart_tokens: float = Field(default=8000, gt=0, le=1e12)
+    """Weighted tokens between the least and the most served user from which on they are kept apart altogether: AIBrix's
+    largest bucket. Some requests of a few hundred tokens are no reason."""
+    fairness_weight: float = Field(default=1, ge=0, le=1000)
+    """How much keeping users apart counts beside load."""
+    load_weight: float = Field(default=1, gt=0, le=1000)
+    """How much load does."""
+    max_users: int = Field(default=4096, ge=1, le=1_000_000)
+    """Counted by themselves, in 4 KB each at most. Of more than that, idle ones are forgotten, and those beyond share one."""
+
+
+class PrefixCache(_Section):
+    """What `prefix-cache` remembers of prompts, to send each where its beginning is in the KV cache."""
+
+    block_tokens: int = Field(default=64, ge=16, le=4096)
+    """Tokens that are told apart as one, at 4 bytes each. vLLM's block has 16; four of them cost a quarter, and a match is
+    seen 24 tokens too short on average."""
+    max_prompt_blocks: int = Field(default=2048, ge=1, le=65_536)
+    """131,072 tokens; prompts that are alike for so long go to one endpoint whatever comes then."""
+    blocks_per_endpoint: int = Field(default=31_250, ge=1, le=100_000_000)
+    """2 million tokens: the endpoint picker's bound too. An engine's KV cache has room for some hundred thousand; what is
+    remembered beyond it are matches that are none."""
+    max_blocks: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
+    """For all endpoints together, each of which has an equal share: 86 MB where no two hold the same, 111 MB where four do."""
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    """Of all hashes. null: another one in every process, so that nobody can make up prompts that look alike."""
+
+
 class Routing(_Section):
     """How an endpoint is chosen."""
 
@@ -202,6 +240,12 @@ class Routing(_Section):
     """`target-pod-ip` lets clients choose, so it must be wanted."""
     clear_route_cache: bool = False
     """Let Envoy choose its route again by the `model` header: for one route per model; one route for all needs none."""
+    load_bound: float = Field(default=1.25, gt=1, le=1000)
+    """With `bounded-load` no endpoint gets more than so many times the mean load. A quarter above it is little to wait for;
+    nearer to 1, keys leave their home more often."""
+    fairness: Fairness = Fairness()
+    """See `vtc-basic` in docs/routing.md."""
+    prefix_cache: PrefixCache = PrefixCache()
     breaker: Breaker = Breaker()
 
 
@@ -294,8 +338,64 @@ class Limits(_Section):
 class Auth(_Section):
     """Who a client is."""
 
-    mode: Literal["none"] = "none"
-    """Reserved: `header` and `api-key` are not there yet."""
+    mode: Literal["none", "header"] = "none"
+    """header: the header `user` says who a client is; for gateways that set it themselves, since anybody can send one. none: it
+    is not read. `api-key` is reserved: it is not there yet."""
+
+
+class _AIBrixSection(_Section):
+    """Its keys are written as AIBrix writes them."""
+
+    model_config = ConfigDict(alias_generator=to_camel)
+
+
+class ProfileHints(_AIBrixSection):
+    """What requests a profile is meant for."""
+
+    prompt_tokens_gte: int | None = Field(default=None, ge=0)
+    """The prompt has at least so many tokens."""
+    prompt_tokens_lt: int | None = Field(default=None, ge=0)
+    """It has fewer."""
+    max_tokens_gte: int | None = Field(default=None, ge=0)
+    """The request allows at least so many for its answer."""
+    max_tokens_lt: int | None = Field(default=None, ge=0)
+    """It allows fewer."""
+
+
+class ModelProfile(_AIBrixSection):
+    """One profile of a model."""
+
+    routing_strategy: str | None = None
+    """A name or a mixture, as in `routing.policy`."""
+    routing_config: ProfileHints = ProfileHints()
+    """For `config-profile: auto`."""
+    requests_per_second: None = None
+    """Reserved: limits are not there yet."""
+
+
+class ModelConfig(_AIBrixSection):
+    """AIBrix's `model.aibrix.ai/config`."""
+
+    locked_routing_strategy: str | None = None
+    """Decides, whatever clients ask for."""
+    default_profile: str | None = None
+    """For requests that ask for none; null: the one of the name `default`, if there is one."""
+    profiles: Mapping[str, ModelProfile] = Field(default_factory=dict)
+    """By the names that the header `config-profile` may have."""
+
+    @model_validator(mode="after")
+    def _default_is_there(self) -> Self:
+        if self.default_profile and self.default_profile not in self.profiles:
+            raise ValueError(f"defaultProfile: no profile {self.default_profile!r}")
+        return self
+
+    def named(self) -> Mapping[str, str]:
+        """Every policy that is named in it, by key."""
+        named = {
+            f"profiles.{name}.routingStrategy": profile.routing_strategy
+            for name, profile in self.profiles.items()
+        } | {"lockedRoutingStrategy": self.locked_routing_strategy}
+        return {key: policy for key, policy in named.items() if policy}
 
 
 class Model(_Section):
@@ -305,6 +405,9 @@ class Model(_Section):
     """Instead of `routing.policy`; a client's `routing-strategy` still wins, unless `locked`."""
     locked: bool = False
     """true: `policy` decides, whatever clients ask for by `routing-strategy`."""
+    config: ModelConfig | None = None
+    """`{lockedRoutingStrategy, defaultProfile, profiles: {name: {routingStrategy, routingConfig}}}` in AIBrix's shape, instead of
+    the annotation `model.aibrix.ai/config` of the model's pods; docs/routing.md has what it means."""
 
     @model_validator(mode="after")
     def _locked_to_a_policy(self) -> Self:
@@ -346,7 +449,7 @@ class Settings(BaseSettings):
     @property
     def fail_open(self) -> bool:
         """`envoy.fail_open` with `auto` decided."""
-        return True if self.envoy.fail_open == "auto" else self.envoy.fail_open
+        return self.auth.mode == "none" if self.envoy.fail_open == "auto" else self.envoy.fail_open
 
     @classmethod
     def settings_customise_sources(
@@ -422,6 +525,9 @@ def _check_policies(settings: Settings, policies: tuple[str, ...], source: str) 
         for name, model in settings.models.items()
         if model.policy is not None
     }
+    for name, model in settings.models.items():
+        if model.config is not None:
+            named |= {f"models.{name}.config.{key}": policy for key, policy in model.config.named().items()}
     wrong = []
     for key, policy in named.items():
         try:

@@ -875,17 +875,24 @@ local function note_load(h, headers)
   if load and #load <= MAX_LOAD then h:streamInfo():dynamicMetadata():set(TOLD, "load", plain(load)) end
 end
 
--- The headers that every routed answer carries. `pods` is "address name" by line: who may have served.
+-- The value for `address` in lines of "address value"; nil where it has none.
+local function value_of(lines, address)
+  local _, stop = find("\n" .. lines, "\n" .. address .. " ", 1, true)
+  return stop and string.match(lines, "^[^\n]*", stop)
+end
+
+-- The headers that every routed answer carries. `pods` and `sessions` are of those who may have served.
 local function set_headers(headers, asked, served)
   headers:replace("x-request-id", asked.id)
   headers:replace("request-id", asked.id)
   headers:replace("routing-strategy", asked.policy)
   if served then
-    local _, stop = find("\n" .. asked.pods, "\n" .. served .. " ", 1, true)
-    local name = stop and string.match(asked.pods, "^[^\n]*", stop) or served
-    headers:replace("target-pod", name)
+    headers:replace("target-pod", value_of(asked.pods, served) or served)
     headers:replace("target-pod-ip", served)
+    local session = asked.sessions and value_of(asked.sessions, served)
+    if session then headers:replace("x-session-id", session) end
   end
+  for name, value in string.gmatch(asked.extras or "", "([^ \n]+) ([^\n]*)") do headers:replace(name, value) end
   headers:remove("endpoint-load-metrics-bin")
   if asked.load then
     headers:replace("endpoint-load-metrics", asked.load)

@@ -58,6 +58,8 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         max_event_bytes: an event beyond this passes unparsed; a JSON answer, where no stream was asked for.
         facts: JSON for whoever gets the access-log entry.
         load_report: the ORCA report to add to the response headers.
+        sessions: address of each who may serve, and the `x-session-id` that stays there; none where sessions do not count.
+        extras: further response headers.
     """
 
     request_id: str
@@ -68,6 +70,8 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     max_event_bytes: int
     facts: bytes
     load_report: LoadReport | None = None
+    sessions: tuple[tuple[str, str], ...] = ()
+    extras: tuple[tuple[str, str], ...] = ()
 
 
 class Continue(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from envoy_extproc.headers import Headers
+from envoy_extproc.openai.prompt import Prompt
 from envoy_extproc.openai.request import InferenceRequest
+from envoy_extproc.scheduling import hashing, session
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
 
 DESTINATION = "x-gateway-destination-endpoint"
 """Header and dynamic-metadata key of the endpoint picker protocol: ``ip:port[,ip:port...]``."""
 
 TARGET_POD = "target-pod"
+
+PREFILLER = "x-prefiller-host-port"
+"""Request header: the address that a decode pod's sidecar has prefill the prompt (the endpoint picker's name)."""
 
 _REMOVED = frozenset(
     {
@@ -21,8 +26,14 @@ _REMOVED = frozenset(
         "x-aibrix-session-key",
         "x-gateway-destination-endpoint-subset",
         "x-gateway-model-name-rewrite",
+        # A sidecar connects to whatever stands in these: they are ours to write, or nobody's.
+        "x-data-parallel-host-port",
+        "x-encoder-hosts-ports",
+        "x-kv-cache-source-host-port",
+        PREFILLER,
+        "x-prefiller-url",
         "x-model",
-        "x-session-id",
+        session.HEADER,
         "x-slo-tpot-ms",
         "x-slo-ttft-ms",
     }
@@ -32,12 +43,15 @@ _MOST_HEADER_BYTES = 61_440 + 1024
 _REMOVED_PREFIXES = ("x-llm-d-", "x-gateway-inference-")
 
 
-def to_remove(headers: Headers, *, model_known: bool) -> tuple[str, ...]:
-    """The control headers among `headers`; with the model unknown, also what a client pretends it to be."""
+def to_remove(headers: Headers, *, model_known: bool, prefiller_set: bool = False) -> tuple[str, ...]:
+    """The control headers among `headers`; with the model unknown, also what a client pretends it to be.
+
+    One that is set anew, in place of the client's, is not among them.
+    """
     return tuple(
         name
         for name in headers.names
-        if name in _REMOVED
+        if (name in _REMOVED and not (prefiller_set and name == PREFILLER))
         or name.startswith(_REMOVED_PREFIXES)
         or (not model_known and name in ("model", "x-gateway-model-name"))
     )
@@ -49,16 +63,24 @@ def scheduling_request(
     model: str | None,
     subset: tuple[str, ...] | None,
     inference: InferenceRequest | None = None,
+    prompt: Prompt | None = None,
+    trust_user: bool = False,
 ) -> SchedulingRequest:
     """What the headers, and the body where it is read, let choosing know."""
+    user = headers.get("user") if trust_user else None
     return SchedulingRequest(
         model=model or headers.get("x-model") or None,
         policy=headers.get("routing-strategy") or None,
+        profile=headers.get("config-profile") or None,
         pin=headers.get("target-pod-ip") or None,
         subset=subset,
         selector=headers.get("external-filter") or None,
         prompt_tokens=0 if inference is None else inference.prompt_tokens_estimate,
+        prompt=prompt,
         max_output_tokens=None if inference is None else inference.max_output_tokens,
+        user=hashing.name(user) if user else None,
+        session=session.address(headers.get(session.HEADER) or ""),
+        session_key=hashing.key(key) if (key := headers.get("x-aibrix-session-key")) else None,
     )
 
 

@@ -78,6 +78,7 @@ from envoy_extproc.headers import Headers
 from envoy_extproc.openai import request as openai_request
 from envoy_extproc.openai import routes
 from envoy_extproc.openai.answer import JsonReader, Reader, StreamReader
+from envoy_extproc.openai.prompt import Prompt
 from envoy_extproc.scheduling.interfaces import Decision
 
 Lookup = Callable[[str], Endpoint | None]
@@ -207,14 +208,14 @@ class Exchange:
         """The whole body: reads it, and asks the engine for usage in it where none would come by itself."""
         assert self._route is not None
         try:
-            inference = self._decode(event.data, self._route)
+            inference, prompt = self._decode(event.data, self._route)
         except GatewayError as error:
             return self._refuse(error)
         self.record.inference = inference
         if inference.stream and inference.add_usage and self.record.accounting:
             self._rewritten = openai_request.ask_for_usage(event.data, inference)
             self._hide_usage = True
-        return self._schedule(Phase.REQUEST_BODY, model=inference.model)
+        return self._schedule(Phase.REQUEST_BODY, model=inference.model, prompt=prompt)
 
     def request_without_body(self, _: RequestTrailers) -> Sequence[Command]:
         """Trailers where the body should be: there is none. Let through, the request would reach a pod unrouted."""
@@ -224,19 +225,28 @@ class Exchange:
         """The end of a request whose body came before: nothing in them is read."""
         return (PASS[Phase.REQUEST_TRAILERS],)
 
-    def _decode(self, body: bytes, route: routes.Route) -> openai_request.InferenceRequest:
+    def _decode(
+        self, body: bytes, route: routes.Route
+    ) -> tuple[openai_request.InferenceRequest, Prompt | None]:
         if len(body) > self._settings.max_body_bytes:
             raise self._too_large()
         if control.body_is_encoded(self._headers):
             encoding = self._headers.get("content-encoding")
             raise BadRequest(f"A request body with content-encoding {encoding!r} cannot be read.")
-        return openai_request.decode(body, route, self._headers.get("content-type") or "")
+        return openai_request.read(body, route, self._headers.get("content-type") or "")
 
-    def _schedule(self, phase: Phase, *, model: str | None) -> Sequence[Command]:
+    def _schedule(
+        self, phase: Phase, *, model: str | None, prompt: Prompt | None = None
+    ) -> Sequence[Command]:
         self.state = State.AWAIT_DECISION
         self._awaited_phase = phase
         wanted = control.scheduling_request(
-            self._headers, model=model, subset=self._subset, inference=self.record.inference
+            self._headers,
+            model=model,
+            subset=self._subset,
+            inference=self.record.inference,
+            prompt=prompt,
+            trust_user=self._settings.trust_user,
         )
         self.record.model = wanted.model
         return (Schedule(wanted),)
@@ -253,7 +263,7 @@ class Exchange:
         reply = Continue(
             phase=self._awaited_phase,
             set_headers=replies.routed_headers(self.record, self._headers, event.decision, body),
-            remove_headers=control.to_remove(self._headers, model_known=self.record.model is not None),
+            remove_headers=replies.removed_headers(self.record, self._headers, event.decision),
             body=body,
             destination=self.record.routing.order,
             # A body that nobody reads here goes straight to the pod, however long it is.
@@ -316,7 +326,7 @@ class Exchange:
         self.state = State.HELD if self._reader is None else State.AWAIT_RESPONSE_BODY
         reply = Continue(
             phase=Phase.RESPONSE_HEADERS,
-            set_headers=replies.answer_headers(record),
+            set_headers=replies.answer_headers(record, self._decision),
             remove_headers=self._answer_removals(event.headers),
             response_body=mode,
             load_report=self._load_report,

@@ -12,6 +12,7 @@ from envoy_extproc.exchange.native import MAX_TEXT, Facts
 from envoy_extproc.exchange.record import Record
 from envoy_extproc.headers import Headers
 from envoy_extproc.openai.error_body import error_body
+from envoy_extproc.scheduling import session
 from envoy_extproc.scheduling.interfaces import Decision
 
 HeaderList = tuple[tuple[str, str], ...]
@@ -25,6 +26,8 @@ def routed_headers(record: Record, headers: Headers, decision: Decision, body: b
         (control.DESTINATION, ",".join([endpoint.address for endpoint in decision.order])),
         (control.TARGET_POD, decision.order[0].address),
     ]
+    if decision.prefill is not None:
+        listed.append((control.PREFILLER, decision.prefill.endpoint.address))
     if headers.get("x-request-id") != record.request_id:
         listed.append(("x-request-id", record.request_id))
     if record.model is not None:
@@ -38,15 +41,46 @@ def routed_headers(record: Record, headers: Headers, decision: Decision, body: b
     return tuple(listed)
 
 
-def answer_headers(record: Record) -> HeaderList:
-    """What a routed answer carries."""
+def removed_headers(record: Record, headers: Headers, decision: Decision) -> tuple[str, ...]:
+    """What a routed request does not carry any more."""
+    return control.to_remove(
+        headers, model_known=record.model is not None, prefiller_set=decision.prefill is not None
+    )
+
+
+def answer_headers(record: Record, decision: Decision | None) -> HeaderList:
+    """What a routed answer carries; `decision` is None where Envoy answered before there was one."""
     listed = [("x-request-id", record.request_id), ("request-id", record.request_id)]
     if record.routing is not None:
         listed.append(("routing-strategy", record.routing.decided_by))
     if record.served_address is not None:
         name = record.served_address if record.served_by is None else record.served_by.name
         listed += [("target-pod", name), ("target-pod-ip", record.served_address)]
+    if decision is not None:
+        listed += _extras(decision)
+        if record.served_address is not None:
+            tokens = dict(_sessions(decision))
+            if record.served_address in tokens:
+                listed.append((session.HEADER, tokens[record.served_address]))
     return tuple(listed)
+
+
+def _extras(decision: Decision) -> HeaderList:
+    """What an answer tells of a decision, whoever serves it."""
+    listed: list[tuple[str, str]] = []
+    if decision.prefill is not None:
+        listed.append(("prefill-target-pod", decision.prefill.endpoint.name))
+        listed.append(("prefill-target-pod-ip", decision.prefill.endpoint.address))
+    if decision.profile is not None:
+        listed.append(("x-aibrix-config-profile", decision.profile))
+    return tuple(listed)
+
+
+def _sessions(decision: Decision) -> HeaderList:
+    """Address of each endpoint that may serve, and the session that stays there; none where sessions do not count."""
+    if not decision.weighs(session.SessionAffinityScorer.name):
+        return ()
+    return tuple([(endpoint.address, session.token(endpoint.address)) for endpoint in decision.order])
 
 
 def refusal(record: Record, error: GatewayError) -> Respond:
@@ -94,6 +128,8 @@ def handover(
         max_event_bytes=max_bytes,
         facts=msgspec.json.encode(facts),
         load_report=load_report,
+        sessions=_sessions(decision),
+        extras=_extras(decision),
     )
 
 

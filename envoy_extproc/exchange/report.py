@@ -33,6 +33,7 @@ class Routing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         running: what its engine said then; None where that was missing or too old.
         waiting: likewise.
         kv_cache_usage: likewise, 0 to 1.
+        ticket: by which the tokens find the account of their user; None where none is kept.
     """
 
     policy: str
@@ -45,6 +46,7 @@ class Routing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: float | None = None
     waiting: float | None = None
     kv_cache_usage: float | None = None
+    ticket: str | None = None
 
 
 def routing_of(decision: Decision) -> Routing:
@@ -62,6 +64,7 @@ def routing_of(decision: Decision) -> Routing:
         running=None if stats is None else stats.running,
         waiting=None if stats is None else stats.waiting,
         kv_cache_usage=None if stats is None else stats.kv_cache_usage,
+        ticket=decision.ticket,
     )
 
 

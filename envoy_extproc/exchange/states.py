@@ -30,6 +30,7 @@ class ExchangeSettings(msgspec.Struct, frozen=True, kw_only=True):
         max_event_bytes: an event of a stream beyond this passes unparsed.
         max_json_bytes: a JSON answer beyond this passes unparsed.
         clear_route_cache: whether Envoy chooses its route again once the model is known.
+        trust_user: whether the header `user` says who a client is.
         load_report: form of the ORCA report on an answer whose client asks for none; None for no report then.
     """
 
@@ -38,4 +39,5 @@ class ExchangeSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_event_bytes: int = 1_048_576
     max_json_bytes: int = 16_777_216
     clear_route_cache: bool = False
+    trust_user: bool = False
     load_report: str | None = None

@@ -13,6 +13,7 @@ import msgspec
 
 from envoy_extproc.errors import BadRequest
 from envoy_extproc.openai import lenient, multipart, splice
+from envoy_extproc.openai.prompt import Prompt
 from envoy_extproc.openai.routes import Accounting, Body, Route
 
 BYTES_PER_TOKEN = 4
@@ -77,6 +78,7 @@ class _Fields(msgspec.Struct):
     text_2: msgspec.Raw = _NO_BYTES
     tokens: msgspec.Raw = _NO_BYTES
     content: msgspec.Raw = _NO_BYTES
+    cache_salt: Any = None
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
@@ -84,7 +86,14 @@ _FORM_FIELDS = ("model", "stream", "prompt")
 
 
 def decode(body: bytes, route: Route, content_type: str = "") -> InferenceRequest:
-    """What the body of a request to `route` asks for.
+    """What the body of a request to `route` asks for; see `read`."""
+    return read(body, route, content_type)[0]
+
+
+def read(body: bytes, route: Route, content_type: str = "") -> tuple[InferenceRequest, Prompt | None]:
+    """What the body of a request to `route` asks for, and its prompt, which holds on to `body` until it is read.
+
+    A form has no prompt to tell requests by: what counts in it is a file.
 
     Args:
         body: as the client sent it.
@@ -96,24 +105,20 @@ def decode(body: bytes, route: Route, content_type: str = "") -> InferenceReques
     """
     boundary = multipart.boundary(content_type) if route.body is Body.FORM else None
     if boundary is not None:
-        return _decode_form(body, route, boundary)
+        return _decode_form(body, route, boundary), None
     fields = _fields(body)
     asked = route.accounting is Accounting.ASKED
     options = fields.stream_options
-    return InferenceRequest(
+    members = {name: raw for name in route.prompt if (raw := getattr(fields, name)) is not _NO_BYTES}
+    inference = InferenceRequest(
         model=_model(fields.model, route),
         stream=fields.stream is True and route.streams,
         add_usage=asked and _declines_usage(options),
         stream_options=options is not msgspec.UNSET,
-        prompt_tokens_estimate=sum(
-            [
-                estimate_tokens(bytes(raw))
-                for name in route.prompt
-                if (raw := getattr(fields, name)) is not _NO_BYTES
-            ]
-        ),
+        prompt_tokens_estimate=sum([estimate_tokens(bytes(raw)) for raw in members.values()]),
         max_output_tokens=_limit(fields),
     )
+    return inference, Prompt(members, fields.cache_salt) if members else None
 
 
 def _model(model: object, route: Route) -> str | None:

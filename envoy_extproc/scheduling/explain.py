@@ -12,18 +12,25 @@ from envoy_extproc.endpoints import EngineStats
 from envoy_extproc.scheduling.interfaces import Candidate, Decision
 from envoy_extproc.scheduling.profile import totals
 
-Source = Literal["locked", "header", "model", "routing"]
-"""Where the policy was written: a model's with `locked`, the header `routing-strategy`, a model's, `routing.policy`."""
+Source = Literal["locked", "header", "profile", "model", "routing"]
+"""Where the policy was written: a model's that is locked, the header `routing-strategy`, a profile of the model's, a model's,
+`routing.policy`."""
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _SOURCES: Mapping[Source, str] = {
     "locked": "the model's own policy in the configuration, which is locked",
     "header": "the header routing-strategy",
+    "profile": "the profile of the model's configuration that counts for the request",
     "model": "the model's own policy in the configuration",
     "routing": "routing.policy in the configuration",
 }
 _REASONS: Mapping[str, str] = {
     "no-stats": "no engine tells what it decides by, or what they told is too old",
+    "no-key": "the request has no session key, no user and no prompt to go by",
+    "no-prompt": "the request has no prompt that can be read, or one shorter than a block",
+    "no-user": "the request does not say whose it is",
+    "no-session": "the request belongs to no session",
+    "session-gone": "the endpoint of the request's session is not among those it may go to",
 }
 
 
@@ -34,11 +41,13 @@ class Asked(msgspec.Struct, frozen=True):
         policy: a name or a mixture, as it was written.
         source: where.
         overruled: what the client asked for in vain; None where it did not.
+        profile: the profile that `config-profile: auto` found; None where nobody asked so.
     """
 
     policy: str
     source: Source
     overruled: str | None = None
+    profile: str | None = None
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,6 +186,8 @@ def _sentences(decision: Decision, asked: Asked, rows: Sequence[Row]) -> tuple[s
         said.append(f"Left out of the mixture, for want of data: {', '.join(decision.missing)}.")
     said += [f"Left out by {step}: {', '.join(names)}." for step, names in _left_out(decision, rows)]
     said.append(_choice(decision, rows))
+    if decision.prefill is not None:
+        said.append(f"{decision.prefill.endpoint.name} prefills its prompt.")
     return tuple(said)
 
 

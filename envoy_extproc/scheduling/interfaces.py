@@ -9,6 +9,21 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from envoy_extproc.endpoints import Endpoint, EngineStats
+from envoy_extproc.openai.prompt import Prompt
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """What a user has been served lately, in weighted tokens, and what others have who have requests under way.
+
+    Attributes:
+        own: the user's.
+        least: of them all, the user included.
+        most: likewise.
+    """
+
+    own: float
+    least: float
+    most: float
 
 
 class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,38 +32,59 @@ class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: the model's name; None where the request tells none.
         policy: the policy the client asks for by `routing-strategy`; None where it leaves that to us.
+        profile: the profile of the model's configuration it asks for by `config-profile`; likewise.
         pin: address from `target-pod-ip`; None where the client does not ask for one.
         subset: the addresses the picker protocol allows; None where it allows all, empty where it allows none.
         selector: the label selector of `external-filter`; None where the client sends none.
         prompt_tokens: how long its prompt is, estimated; 0 where it has none that can be read.
+        prompt: the prompt itself, read only by who asks for it; None where it has none that can be read.
         max_output_tokens: how long its answer may become; None where it does not say.
         adapter: whether `model` is a LoRA adapter; who chooses finds that out.
+        user: who sends it, by the header `user`; None where that is not told.
+        session: the address its session is at, by `x-session-id`; None where it tells none. Anything may stand there.
+        session_key: the key of its session, by `x-aibrix-session-key`; None where it has none.
+        standing: what its user has been served; None where that is not told. Who chooses finds that out.
     """
 
     model: str | None = None
     policy: str | None = None
+    profile: str | None = None
     pin: str | None = None
     subset: tuple[str, ...] | None = None
     selector: str | None = None
     prompt_tokens: int = 0
+    prompt: Prompt | None = None
     max_output_tokens: int | None = None
     adapter: bool = False
+    user: str | None = None
+    session: str | None = None
+    session_key: bytes | None = None
+    standing: Standing | None = None
 
 
-class Candidate(msgspec.Struct, frozen=True):
+MOST_TRIES = 10
+"""Endpoints that one request names to Envoy, at most; who comes after them in an order is never looked at."""
+
+
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """An endpoint at the moment of decision.
+
+    There is one for each endpoint and request, so the garbage collector is spared them: nothing in them refers back.
 
     Attributes:
         endpoint: who it is.
         in_flight: exchanges this server has on it now.
         stats: what its engine said last; None where that is missing or too old to believe.
         reachable: False while its metrics port refuses connections, or requests to it failed lately.
+        prefix_match: share of the prompt whose KV cache it was thought to hold, 0 to 1, told of the chosen one; None where
+            no policy asked.
     """
 
     endpoint: Endpoint
     in_flight: int = 0
     stats: EngineStats | None = None
     reachable: bool = True
+    prefix_match: float | None = None
 
 
 class Scores(msgspec.Struct, frozen=True):
@@ -73,6 +109,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         scores: every scorer's word on the candidates.
         missing: the scorers that had no data: some of a mixture, or all where another policy decided.
         improvised: whether `policy` is a mixture that only this request's client wrote.
+        prefill: who computes the prompt's KV cache for the chosen one, as it was then; None where that one does it itself.
+        profile: the profile that `config-profile: auto` found; None where nobody asked so.
+        ticket: by which the report of what it used finds its user's account; None where nobody keeps one.
     """
 
     policy: str
@@ -85,18 +124,25 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     scores: tuple[Scores, ...] = ()
     missing: tuple[str, ...] = ()
     improvised: bool = False
+    prefill: Candidate | None = None
+    profile: str | None = None
+    ticket: str | None = None
 
     @property
     def label(self) -> str:
         """`policy` as a metric may show it: clients write any number of mixtures, so theirs are all `mix`."""
         return "mix" if self.improvised else self.policy
 
+    def weighs(self, scorer: str) -> bool:
+        """Whether a scorer of that name belongs to `policy`, whatever it had to say."""
+        return scorer in self.missing or any(each.scorer == scorer for each in self.scores)
+
 
 class MissingDataError(Exception):
     """A scorer lacks what it scores by.
 
     Attributes:
-        reason: a word or two for a metric's label: `no-stats`.
+        reason: a word or two for a metric's label: `no-stats`, `no-session`, `session-gone`, `no-key`, `no-user`.
     """
 
     def __init__(self, reason: str) -> None:
@@ -138,7 +184,7 @@ class Picker(Protocol):
         scores: Sequence[float],
         rng: random.Random,
     ) -> list[Candidate]:
-        """All `candidates`, the chosen one first."""
+        """The `candidates`, the chosen one first: all, or as many as are ever tried."""
 
 
 @runtime_checkable

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Sequence
 
-from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
+from envoy_extproc.scheduling.interfaces import MOST_TRIES, Candidate, SchedulingRequest
 
 
 class MaxScorePicker:
-    """The best score first; of equals the one with fewer exchanges in flight, of those any."""
+    """The best score first; of equals the one with fewer exchanges in flight, of those any.
+
+    Of more than `MOST_TRIES` candidates only as many are put in order: the others need not be compared with each other.
+    """
 
     name = "max-score-picker"
 
@@ -21,12 +25,47 @@ class MaxScorePicker:
         rng: random.Random,
     ) -> list[Candidate]:
         """See `Picker`."""
-        keys = [
-            (-score, candidate.in_flight, rng.random(), place)
-            for place, (score, candidate) in enumerate(zip(scores, candidates, strict=True))
-        ]
+        few = len(candidates) <= MOST_TRIES
+        places = range(len(candidates)) if few else _best(scores, candidates, rng)
+        keys = [(-scores[place], candidates[place].in_flight, rng.random(), place) for place in places]
         keys.sort()
         return [candidates[key[3]] for key in keys]
+
+
+def _best(scores: Sequence[float], candidates: Sequence[Candidate], rng: random.Random) -> Sequence[int]:
+    """The places of `MOST_TRIES` candidates that none of the others should come before."""
+    worst = sorted(scores)[-MOST_TRIES]
+    places = [place for place, score in enumerate(scores) if score > worst]
+    equals = [place for place, score in enumerate(scores) if score == worst]
+    counts = [candidates[place].in_flight for place in equals]
+    most = sorted(counts)[MOST_TRIES - len(places) - 1]
+    places += [place for place, count in zip(equals, counts, strict=True) if count < most]
+    last = [place for place, count in zip(equals, counts, strict=True) if count == most]
+    return places + rng.sample(last, MOST_TRIES - len(places))
+
+
+class WeightedRandomPicker:
+    """By chance, a candidate with twice the score twice as likely; one of score 0 comes after all others.
+
+    The order is a sample without replacement (A-Res: Efraimidis and Spirakis 2006, in its logarithm).
+    """
+
+    name = "weighted-random-picker"
+
+    def pick(
+        self,
+        request: SchedulingRequest,
+        candidates: Sequence[Candidate],
+        scores: Sequence[float],
+        rng: random.Random,
+    ) -> list[Candidate]:
+        """See `Picker`."""
+        keys = [
+            (rng.expovariate(1.0) / score if score > 0 else math.inf, rng.random(), place)
+            for place, score in enumerate(scores)
+        ]
+        keys.sort()
+        return [candidates[key[2]] for key in keys]
 
 
 class RandomPicker:

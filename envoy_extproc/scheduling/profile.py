@@ -33,6 +33,7 @@ class Profile:
         fallback: the profile that decides when no scorer has data.
         mixed: whether every scorer's word is spread over the whole of 0 to 1 first, so that weights alone say how much it
             counts; a scorer without data is then left out.
+        own_scale: the scorers that are not spread in a mixture, by name.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Profile:
         filters: Sequence[Filter] = (),
         fallback: Profile | None = None,
         mixed: bool = False,
+        own_scale: Collection[str] = (),
     ) -> None:
         self.name = name
         self._picker = picker
@@ -51,6 +53,7 @@ class Profile:
         self._filters = tuple(filters)
         self._fallback = fallback
         self._mixed = mixed
+        self._own_scale = own_scale
         parts = (picker, *(scorer for scorer, _ in self._scorers), *self._filters)
         self._remembering = tuple(part for part in parts if isinstance(part, Remembering))
 
@@ -85,7 +88,7 @@ class Profile:
             policy=self.name,
             decided_by=self.name,
             chosen=ordered[0],
-            order=_order(ordered, tries),
+            order=tried(ordered, tries),
             candidates=tuple(left),
             filtered=filtered,
             scores=scores,
@@ -113,9 +116,9 @@ class Profile:
         for step in self._filters:
             left = step.filter(request, candidates)
             if len(left) != len(candidates):
-                kept = {candidate.endpoint.address for candidate in left}
-                gone = [each.endpoint for each in candidates if each.endpoint.address not in kept]
-                filtered.append((step.name, tuple([endpoint.name for endpoint in gone])))
+                kept = set(map(id, left))
+                gone = [each.endpoint.name for each in candidates if id(each) not in kept]
+                filtered.append((step.name, tuple(gone)))
             candidates = left
         return candidates, tuple(filtered)
 
@@ -130,10 +133,12 @@ class Profile:
         scores, missing = [], []
         for scorer, weight in self._scorers:
             try:
-                values = spread(scorer.score(request, left))
+                values = scorer.score(request, left)
             except MissingDataError as nothing:
                 missing.append((scorer.name, nothing))
             else:
+                if scorer.name not in self._own_scale:
+                    values = spread(values)
                 scores.append(Scores(scorer.name, weight, tuple(values)))
         if not scores:
             raise missing[0][1]
@@ -165,8 +170,8 @@ def totals(scores: Sequence[Scores], count: int) -> Sequence[float]:
     return [sum([each.weight * each.values[place] for each in scores]) / weight for place in range(count)]
 
 
-def _order(ordered: Sequence[Candidate], tries: int) -> tuple[Endpoint, ...]:
-    """Exactly `tries` endpoints; where there are fewer candidates, round again.
+def tried(ordered: Sequence[Candidate], tries: int) -> tuple[Endpoint, ...]:
+    """The endpoints to try: exactly `tries` of them; where there are fewer candidates, round again.
 
     Envoy tries them one by one, as often as `tries` says. A list that ran out before would leave the last tries to
     Envoy's own load balancer, which knows nothing of models, pins and subsets: another model's pod would answer.

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 
+import msgspec
+
 from envoy_extproc import mixes
 from envoy_extproc.errors import UnknownStrategy
+from envoy_extproc.openai.prompt import BlockRule
+from envoy_extproc.scheduling.aliases import (
+    KvCacheUtilizationScorer,
+    LoadAwareScorer,
+    LoraAffinityPickerScorer,
+    QueueScorer,
+    RunningRequestsSizeScorer,
+)
+from envoy_extproc.scheduling.disaggregation import NAME as PAIRS
+from envoy_extproc.scheduling.disaggregation import PairProfile
+from envoy_extproc.scheduling.fairness import FairnessRules, VtcScorer
 from envoy_extproc.scheduling.filters import LoraAffinityFilter, ReachableFilter
+from envoy_extproc.scheduling.hashing import BoundedLoadScorer, BoundedRandomPicker
 from envoy_extproc.scheduling.interfaces import Filter, Picker, Scorer
 from envoy_extproc.scheduling.latency import LeastLatencyScorer
-from envoy_extproc.scheduling.pickers import MaxScorePicker, PowerOfTwoPicker, RandomPicker, RoundRobinPicker
+from envoy_extproc.scheduling.pickers import (
+    MaxScorePicker,
+    PowerOfTwoPicker,
+    RandomPicker,
+    RoundRobinPicker,
+    WeightedRandomPicker,
+)
+from envoy_extproc.scheduling.prefix import PrefixIndex
 from envoy_extproc.scheduling.profile import Profile
 from envoy_extproc.scheduling.scorers import (
     LeastKvCacheScorer,
@@ -18,12 +39,23 @@ from envoy_extproc.scheduling.scorers import (
     LoraAffinityScorer,
     ThroughputScorer,
 )
+from envoy_extproc.scheduling.scorers_prefix import PrefixCacheScorer, PrefixLoadFilter
+from envoy_extproc.scheduling.session import SessionAffinityScorer
 
 _PICKING: Mapping[str, Callable[[], Picker]] = {
     "random": RandomPicker,
     "round-robin": RoundRobinPicker,
     "power-of-two": PowerOfTwoPicker,
 }
+
+_OWN_SCALE: Mapping[str, Callable[[], Scorer]] = {
+    "queue-scorer": QueueScorer,
+    "kv-cache-utilization-scorer": KvCacheUtilizationScorer,
+    "lora-affinity-scorer": LoraAffinityPickerScorer,
+    "running-requests-size-scorer": RunningRequestsSizeScorer,
+    "load-aware-scorer": LoadAwareScorer,
+}
+"""The endpoint picker's scorers: in a mixture they count as they are, as they do there."""
 
 _SCORING: Mapping[str, Callable[[], Scorer]] = {
     "least-request": LeastRequestScorer,
@@ -32,37 +64,79 @@ _SCORING: Mapping[str, Callable[[], Scorer]] = {
     "least-utilization": LeastUtilizationScorer,
     "throughput": ThroughputScorer,
     "lora-affinity": LoraAffinityScorer,
+    "session-affinity": SessionAffinityScorer,
+    "bounded-load": BoundedLoadScorer,
+    "vtc-basic": VtcScorer,
     # AIBrix reads an old name of the same figure.
     "least-gpu-cache": LeastKvCacheScorer,
     # AIBrix means the share of time a GPU is busy, which no engine tells; this is the nearest that engines do.
     "least-busy-time": LeastUtilizationScorer,
+    **_OWN_SCALE,
+}
+
+_PREFIX: tuple[str, ...] = ("prefix-cache", "prefix-cache-scorer")
+"""Policies that go by what endpoints hold of a prompt, AIBrix's name and the endpoint picker's; they share one index. In a
+mixture they count as they are, too: spread out, a match of a hundredth of the prompt would count as a whole one."""
+
+_PICKERS: Mapping[str, Callable[[], Picker]] = {
+    "max-score-picker": MaxScorePicker,
+    "weighted-random-picker": WeightedRandomPicker,
 }
 
 _PLAIN = "least-request"
 """Decides where another policy lacks its data: it needs none but our own."""
 
-_ADAPTER_BLIND = frozenset({"random", "round-robin", "lora-affinity"})
-"""Policies without the filter for adapters: chance and turn are to be even, and the last one scores by readiness itself."""
+_READINESS = frozenset({"lora-affinity", "lora-affinity-scorer"})
+"""Policies that score by how ready an endpoint is for an adapter."""
+
+_ADAPTER_BLIND = frozenset({"random", "round-robin"}) | _READINESS
+"""Policies without the filter for adapters: chance and turn are to be even, and the last ones score by readiness itself."""
 
 _MIXES_REMEMBERED = 256
 """Clients can write any number of mixtures; a fleet's use a handful."""
 
-POLICIES: tuple[str, ...] = (*_PICKING, *_SCORING)
+POLICIES: tuple[str, ...] = (*_PICKING, *_SCORING, *_PREFIX, PAIRS)
 """Every name `routing.policy` and the header `routing-strategy` may have."""
+
+
+class Tuning(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator can set of policies; see `settings.Routing`."""
+
+    load_bound: float = 1.25
+    fairness: FairnessRules = FairnessRules()
+    prefix_rule: BlockRule = BlockRule()
+    prefix_blocks_per_endpoint: int = 31_250
+    prefix_blocks: int = 1_000_000
+
+
+_DEFAULT = Tuning()
 
 
 class Policies(Mapping[str, Profile]):
     """The policies of one server by name, and the mixtures of them. Mixtures share the scorers of the policies in them."""
 
-    def __init__(self) -> None:
-        self._scorers = {name: make() for name, make in _SCORING.items()}
+    def __init__(self, tuning: Tuning) -> None:
+        self._scorers: dict[str, Scorer] = {name: make() for name, make in _SCORING.items()}
+        self._scorers["bounded-load"] = BoundedLoadScorer(tuning.load_bound, tuning.prefix_rule)
+        self._scorers["vtc-basic"] = VtcScorer(tuning.fairness)
+        self.prefixes = PrefixIndex(
+            tuning.prefix_rule,
+            per_endpoint=tuning.prefix_blocks_per_endpoint,
+            in_all=tuning.prefix_blocks,
+        )
+        self._scorers |= dict.fromkeys(_PREFIX, PrefixCacheScorer(self.prefixes))
         self._mixes: dict[str, Profile] = {}
         self._fallback = self._scoring(_PLAIN, None)
         picking = {
             name: Profile(name, filters=_filters(name), picker=make()) for name, make in _PICKING.items()
         }
         scoring = {name: self._scoring(name, self._fallback) for name in _SCORING if name != _PLAIN}
-        self._profiles = picking | {_PLAIN: self._fallback} | scoring
+        by_chance = Profile(
+            "random", filters=_filters("random"), picker=BoundedRandomPicker(tuning.load_bound)
+        )
+        scoring["bounded-load"] = self._scoring("bounded-load", by_chance)
+        prefix = {name: self._by_prefix(name, tuning.load_bound) for name in _PREFIX}
+        self._profiles = picking | {_PLAIN: self._fallback} | scoring | prefix | {PAIRS: PairProfile()}
 
     def find(self, text: str) -> Profile:
         """The policy of that name, or the mixture that `text` writes.
@@ -102,14 +176,27 @@ class Policies(Mapping[str, Profile]):
         return mixture
 
     def _mixture(self, members: Collection[tuple[str, int]]) -> Profile:
-        adapters_scored = any(name == LoraAffinityScorer.name for name, _ in members)
+        names = [name for name, _ in members]
+        picker = next((_PICKERS[name] for name in names if name in _PICKERS), MaxScorePicker)
         return Profile(
             mixes.canonical(members),
-            filters=_filters(LoraAffinityScorer.name if adapters_scored else ""),
-            scorers=[(self._scorers[name], float(weight)) for name, weight in members],
-            picker=MaxScorePicker(),
+            filters=_filters(next((name for name in names if name in _READINESS), "")),
+            scorers=[
+                (self._scorers[name], float(weight)) for name, weight in members if name not in _PICKERS
+            ],
+            picker=picker(),
             fallback=self._fallback,
             mixed=True,
+            own_scale={*_OWN_SCALE, PrefixCacheScorer.name},
+        )
+
+    def _by_prefix(self, name: str, bound: float) -> Profile:
+        return Profile(
+            name,
+            filters=[*_filters(name), PrefixLoadFilter(self.prefixes, bound)],
+            scorers=[(self._scorers[name], 1.0)],
+            picker=MaxScorePicker(),
+            fallback=self._fallback,
         )
 
     def _scoring(self, name: str, fallback: Profile | None) -> Profile:
@@ -122,9 +209,9 @@ class Policies(Mapping[str, Profile]):
         )
 
 
-def build() -> Policies:
+def build(tuning: Tuning = _DEFAULT) -> Policies:
     """One set of policies for one server; some remember whose turn it is."""
-    return Policies()
+    return Policies(tuning)
 
 
 def _filters(policy: str) -> list[Filter]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import msgspec
 import structlog
 from aiohttp import web
 
@@ -23,8 +25,11 @@ from envoy_extproc.endpoints import Endpoint, EngineState, Snapshot
 from envoy_extproc.engines.dialects import dialects
 from envoy_extproc.engines.scraper import Scraper, ScrapeSettings
 from envoy_extproc.exchange.exchange import ExchangeSettings
+from envoy_extproc.openai.prompt import BlockRule
 from envoy_extproc.scheduling import registry
+from envoy_extproc.scheduling.configs import ModelConfig
 from envoy_extproc.scheduling.explain import Explanation
+from envoy_extproc.scheduling.fairness import FairnessRules
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
 from envoy_extproc.server.access_log import AccessLog
 from envoy_extproc.server.admin import Admin
@@ -37,6 +42,7 @@ from envoy_extproc.server.tls import Certificates
 from envoy_extproc.settings import Server as ServerSettings
 from envoy_extproc.settings import Settings
 from envoy_extproc.state.breakers import BreakerRules, Breakers
+from envoy_extproc.state.fairness import Fairness
 from envoy_extproc.state.load_reports import LoadReports
 from envoy_extproc.state.memory import InFlight
 from envoy_extproc.state.rates import Rates
@@ -101,8 +107,9 @@ class App:
         )
         self._rates = Rates()
         self._load_reports = LoadReports()
+        self._fairness = Fairness(_fairness_rules(settings), name=secrets.token_hex(4))
         self._director = Director(
-            profiles=registry.build(),
+            profiles=registry.build(_tuning(settings)),
             rules=_rules(settings),
             in_flight=self._in_flight.count,
             states=self._scraper.states,
@@ -110,12 +117,13 @@ class App:
             avoided=self._breakers.avoided,
             fresher=self._load_reports.fresher,
             chosen=self._scraper.hurry,
+            fairness=self._fairness,
         )
         self._catalogue = Catalogue(
             self._scraper.states, avoided=self._breakers.avoided, created=int(time.time())
         )
         self._discovered = Snapshot()
-        hook = Hooks(self._metrics, RequestLog(), self._breakers)
+        hook = Hooks(self._metrics, RequestLog(), self._breakers, self._fairness)
         self._processor = ExternalProcessor(
             Parts(
                 settings=_exchange_settings(settings),
@@ -362,6 +370,7 @@ def _exchange_settings(settings: Settings) -> ExchangeSettings:
         max_event_bytes=settings.responses.max_event_bytes,
         max_json_bytes=settings.responses.max_json_bytes,
         clear_route_cache=settings.routing.clear_route_cache,
+        trust_user=settings.auth.mode == "header",
         load_report=settings.responses.load_report,
     )
 
@@ -378,11 +387,32 @@ def _rules(settings: Settings) -> RoutingRules:
         policy=settings.routing.policy,
         model_policies=policies,
         locked=frozenset(name for name, model in settings.models.items() if model.locked),
+        configs={
+            name: msgspec.convert(model.config.model_dump(by_alias=True, exclude_none=True), ModelConfig)
+            for name, model in settings.models.items()
+            if model.config is not None
+        },
         allow_strategy_header=settings.routing.allow_strategy_header,
         tries=settings.routing.tries,
         allow_pinning=settings.routing.allow_pinning,
         max_stats_age=settings.engines.max_stats_age_ms / 1000,
     )
+
+
+def _tuning(settings: Settings) -> registry.Tuning:
+    prefix = settings.routing.prefix_cache
+    seed = random.SystemRandom().getrandbits(64) if prefix.seed is None else prefix.seed
+    return registry.Tuning(
+        load_bound=settings.routing.load_bound,
+        fairness=_fairness_rules(settings),
+        prefix_rule=BlockRule(tokens=prefix.block_tokens, most=prefix.max_prompt_blocks, seed=seed),
+        prefix_blocks_per_endpoint=prefix.blocks_per_endpoint,
+        prefix_blocks=prefix.max_blocks,
+    )
+
+
+def _fairness_rules(settings: Settings) -> FairnessRules:
+    return FairnessRules(**settings.routing.fairness.model_dump())
 
 
 def _scrape_settings(settings: Settings) -> ScrapeSettings:

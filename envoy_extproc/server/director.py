@@ -10,19 +10,26 @@ from collections.abc import Set as AbstractSet
 import msgspec
 
 from envoy_extproc.endpoints import Endpoint, EngineState, EngineStats, Snapshot
+from envoy_extproc.errors import UnknownProfile
 from envoy_extproc.scheduling import lora
+from envoy_extproc.scheduling.configs import AUTO, ModelConfig, choose
 from envoy_extproc.scheduling.explain import Asked, Explanation, Source, explain
+from envoy_extproc.scheduling.fairness import VtcScorer
 from envoy_extproc.scheduling.interfaces import Candidate, Decision, SchedulingRequest
 from envoy_extproc.scheduling.pool import left_out, pool
+from envoy_extproc.scheduling.prefix import EmptyCaches
 from envoy_extproc.scheduling.registry import Policies
+from envoy_extproc.server.model_configs import ModelConfigs
+from envoy_extproc.state.fairness import Fairness
 
 _UNKNOWN = EngineState()
 
 _MISSED_SCRAPES = 2.5
 """Intervals after which what an engine said is old: one scrape may fail, and the next be late."""
 
-_ADAPTERS_AGE = 2.0
-"""Seconds for which the list of adapters is kept. A new one is routed by load until then, which is no mistake."""
+_LOOK_SECONDS = 2.0
+"""Between two looks at all engines, for adapters and for caches that are empty again. A new adapter is routed by load until
+then, which is no mistake; an engine that begins anew takes longer to load its model."""
 
 
 class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +39,7 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
         policy: for whoever asks for none.
         model_policies: instead of `policy`, by model.
         locked: the models whose policy no client can change.
+        configs: the models' own configurations, instead of what their pods say.
         allow_strategy_header: whether `routing-strategy` is honoured.
         tries: endpoints named to Envoy for one request, some more than once where there are fewer.
         allow_pinning: whether `target-pod-ip` is honoured.
@@ -41,6 +49,7 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "least-request"
     model_policies: Mapping[str, str] = msgspec.field(default_factory=dict)
     locked: AbstractSet[str] = frozenset()
+    configs: Mapping[str, ModelConfig] = msgspec.field(default_factory=dict)
     allow_strategy_header: bool = True
     tries: int = 3
     allow_pinning: bool = False
@@ -59,6 +68,7 @@ class Director:
         avoided: whether the pod at an address failed so lately that another one should be asked.
         fresher: what the engine at an address last said, in an answer or in the scrape that is given.
         chosen: is told the address of every endpoint that is chosen.
+        fairness: what each user has been served.
         remember: how many of the last decisions are kept for people to look at.
 
     Raises:
@@ -76,6 +86,7 @@ class Director:
         avoided: Callable[[str, float], bool] = lambda _address, _now: False,
         fresher: Callable[[str, EngineStats | None], EngineStats | None] = lambda _address, scraped: scraped,
         chosen: Callable[[str], None] = lambda _address: None,
+        fairness: Fairness | None = None,
         remember: int = 100,
     ) -> None:
         self.snapshot = Snapshot()
@@ -88,15 +99,20 @@ class Director:
         self._avoided = avoided
         self._fresher = fresher
         self._chosen = chosen
-        written = (rules.policy, *rules.model_policies.values())
-        self._named = {*profiles, *(profiles.find(text).name for text in written)}
+        self._fairness = fairness
+        self._configs = ModelConfigs(rules.configs, profiles.find)
+        self._named = self._names()
         self._adapters: AbstractSet[str] = frozenset()
-        self._adapters_until = float("-inf")
+        self._empty_caches = EmptyCaches()
+        self._look_again = float("-inf")
 
     def update(self, snapshot: Snapshot) -> None:
         """Decides among the endpoints of `snapshot` from now on; policies forget models that nobody serves any more."""
         self.snapshot = snapshot
+        self._configs.update(snapshot)
+        self._named = self._names()
         self._profiles.keep_models(snapshot.by_model.keys())
+        self._profiles.prefixes.keep(snapshot.by_address)
 
     def lookup(self, address: str) -> Endpoint | None:
         """The endpoint of an address; None if discovery does not know it."""
@@ -108,14 +124,22 @@ class Director:
         Raises:
             GatewayError: it goes nowhere; the error says why.
         """
-        asked = self.asked(request)
+        asked = self._asked(request)
         profile = self._profiles.find(asked.policy)
         request, candidates = self._join(request, now)
         decision = profile.run(request, candidates, self._rng, tries=self._rules.tries)
         if profile.name not in self._named:
             decision = msgspec.structs.replace(decision, improvised=True)
+        if asked.profile is not None:
+            decision = msgspec.structs.replace(decision, profile=asked.profile)
+        if request.standing is not None and decision.weighs(VtcScorer.name):
+            decision = msgspec.structs.replace(decision, ticket=self._charge(request, now))
+        kept = request
+        if request.prompt is not None:
+            decision = self._with_match(request, decision)
+            kept = msgspec.structs.replace(request, prompt=None)  # which may hold megabytes
         profile.remember(request, decision)
-        self.decisions.append((now, request, decision))
+        self.decisions.append((now, kept, decision))
         self._chosen(decision.chosen.endpoint.address)
         return decision
 
@@ -125,7 +149,7 @@ class Director:
         Raises:
             GatewayError: it would go nowhere; the error says why.
         """
-        asked = self.asked(request)
+        asked = self._asked(request)
         profile = self._profiles.find(asked.policy)
         request, candidates = self._join(request, now)
         chance = random.Random()  # noqa: S311  breaks ties
@@ -138,19 +162,36 @@ class Director:
         )
 
     def asked(self, request: SchedulingRequest) -> Asked:
-        """Whose policy counts for `request`: a locked model's, then the client's, then the model's, then everybody's."""
+        """Whose policy counts for a `request` that was decided, though the profile it asked for may be gone since."""
+        try:
+            return self._asked(request)
+        except UnknownProfile:
+            return self._asked(msgspec.structs.replace(request, profile=None))
+
+    def _asked(self, request: SchedulingRequest) -> Asked:
+        """Whose policy counts for `request`: a locked one, the client's, its profile's, the model's, then everybody's.
+
+        Raises:
+            UnknownProfile: it asks for a profile there is not.
+        """
         rules, model = self._rules, request.model or ""
-        own = rules.model_policies.get(model)
+        own, config = rules.model_policies.get(model), self._configs.get(model)
+        profile = choose(config, request) if model in self.snapshot.by_model else None
         source: Source
         if own is not None and model in rules.locked:
             source, policy = "locked", own
+        elif config is not None and config.locked_routing_strategy:
+            source, policy = "locked", config.locked_routing_strategy
         elif request.policy is not None and rules.allow_strategy_header:
             source, policy = "header", request.policy
+        elif profile is not None and profile[1].routing_strategy:
+            source, policy = "profile", profile[1].routing_strategy
         elif own is not None:
             source, policy = "model", own
         else:
             source, policy = "routing", rules.policy
-        return Asked(policy, source, None if source == "header" else request.policy)
+        found = profile[0] if profile is not None and request.profile == AUTO else None
+        return Asked(policy, source, None if source == "header" else request.policy, found)
 
     def candidates(self, endpoints: Sequence[Endpoint], now: float) -> list[Candidate]:
         """The endpoints as they are at `now`."""
@@ -160,15 +201,14 @@ class Director:
         for endpoint in endpoints:
             address = endpoint.address
             state = states.get(address, _UNKNOWN)
-            scraped = _fresh(state.stats, state, now, patience)
-            joined.append(
-                Candidate(
-                    endpoint,
-                    in_flight(address),
-                    _fresh(fresher(address, scraped), state, now, patience),
-                    state.reachable and not avoided(address, now),
-                )
-            )
+            scraped = state.stats
+            if scraped is not None and now - scraped.at > patience:
+                scraped = _fresh(scraped, state, now, patience)
+            stats = fresher(address, scraped)
+            if stats is not scraped:
+                stats = _fresh(stats, state, now, patience)
+            reachable = state.reachable and not avoided(address, now)
+            joined.append(Candidate(endpoint, in_flight(address), stats, reachable))
         return joined
 
     def observed(self, now: float) -> list[tuple[Candidate, EngineState, bool]]:
@@ -179,13 +219,38 @@ class Director:
             for endpoint, candidate in zip(endpoints, self.candidates(endpoints, now), strict=True)
         ]
 
+    def _with_match(self, request: SchedulingRequest, decision: Decision) -> Decision:
+        """The decision, its chosen candidate with the share of the prompt that it holds, if anybody asked for that."""
+        assert request.prompt is not None
+        if not request.prompt.was_read:
+            return decision
+        (share,) = self._profiles.prefixes.shares(request, [decision.chosen])
+        chosen = msgspec.structs.replace(decision.chosen, prefix_match=share)
+        return msgspec.structs.replace(decision, chosen=chosen)
+
+    def _names(self) -> set[str]:
+        """Every policy that the operator or a pod names."""
+        rules = self._rules
+        written = (rules.policy, *rules.model_policies.values(), *self._configs.policies)
+        return {*self._profiles, *[self._profiles.find(text).name for text in written]}
+
+    def _charge(self, request: SchedulingRequest, now: float) -> str:
+        assert self._fairness is not None
+        assert request.user is not None
+        return self._fairness.charge(request.user, request.prompt_tokens, request.max_output_tokens, now)
+
     def _join(self, request: SchedulingRequest, now: float) -> tuple[SchedulingRequest, list[Candidate]]:
         endpoints = pool(self.snapshot, request, allow_pinning=self._rules.allow_pinning)
-        if now >= self._adapters_until:
+        if now >= self._look_again:
+            self._look_again = now + _LOOK_SECONDS
             self._adapters = lora.adapters(self._states.values())
-            self._adapters_until = now + _ADAPTERS_AGE
+            for address in self._empty_caches.among(self._states):
+                self._profiles.prefixes.forget(address)
         if request.model in self._adapters:
             request = msgspec.structs.replace(request, adapter=True)
+        if request.user is not None and self._fairness is not None:
+            standing = self._fairness.standing(request.user, now)
+            request = msgspec.structs.replace(request, standing=standing)
         return request, self.candidates(endpoints, now)
 
 

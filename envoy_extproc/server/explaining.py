@@ -115,8 +115,10 @@ def read(question: Question) -> SchedulingRequest:
     if control.body_is_encoded(headers):
         encoding = headers.get("content-encoding")
         raise BadRequest(f"A request body with content-encoding {encoding!r} cannot be read.")
-    inference = openai_request.decode(question.body, route, headers.get("content-type") or "")
-    return control.scheduling_request(headers, model=inference.model, subset=None, inference=inference)
+    inference, prompt = openai_request.read(question.body, route, headers.get("content-type") or "")
+    return control.scheduling_request(
+        headers, model=inference.model, subset=None, inference=inference, prompt=prompt
+    )
 
 
 def _body(asked: _Asked) -> bytes:

@@ -45,6 +45,8 @@ def fields(candidate: Candidate, requests_per_second: float | None = None) -> Ma
     report = {
         name: float(value) for name, value in known.items() if value is not None and math.isfinite(value)
     }
+    if candidate.prefix_match is not None:
+        report["named_metrics.prefix_match_ratio"] = candidate.prefix_match
     return report | {"named_metrics.in_flight_requests": float(candidate.in_flight)}
 
 

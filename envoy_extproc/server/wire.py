@@ -6,7 +6,7 @@ Fields are set by attribute and `.add()`: nested constructor arguments cost thre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import assert_never
 
 from google.protobuf import struct_pb2
@@ -189,7 +189,7 @@ def _hand_over(fields: MutableMapping[str, struct_pb2.Value], handover: Handover
     fields["native"].number_value = max(LUA_VERSIONS)
     fields["id"].string_value = header_value(handover.request_id).decode("utf-8", "replace")
     fields["policy"].string_value = handover.policy
-    fields["pods"].string_value = "\n".join([f"{address} {name}" for address, name in handover.pods])
+    fields["pods"].string_value = _lines(handover.pods)
     fields["facts"].string_value = handover.facts.decode()
     if handover.read:
         fields["read"].bool_value = True
@@ -197,6 +197,15 @@ def _hand_over(fields: MutableMapping[str, struct_pb2.Value], handover: Handover
         fields["limit"].number_value = handover.max_event_bytes
     if handover.load_report is not None:
         fields["load"].string_value = report_value(handover.load_report)
+    if handover.sessions:
+        fields["sessions"].string_value = _lines(handover.sessions)
+    if handover.extras:
+        extras = [(name, header_value(value).decode("utf-8", "replace")) for name, value in handover.extras]
+        fields["extras"].string_value = _lines(extras)
+
+
+def _lines(pairs: Sequence[tuple[str, str]]) -> str:
+    return "\n".join([f"{name} {value}" for name, value in pairs])
 
 
 def _fill(common: ext_proc_pb2.CommonResponse, reply: Continue) -> None:

@@ -27,6 +27,8 @@ _TPOT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 _DECISION = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1)
 
+_SHARE = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
 _BY_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
 
 InFlightRows = Callable[[], Iterable[tuple[str, str, int]]]
@@ -244,6 +246,12 @@ class PrometheusMetrics:
         self._decision = self._histogram(
             "envoy_extproc_decision_seconds", "What choosing an endpoint took.", _DECISION, "policy"
         )
+        self._prefix_match = self._histogram(
+            "envoy_extproc_prefix_match_ratio",
+            "Share of the prompt that the chosen endpoint was thought to hold in its KV cache.",
+            _SHARE,
+            "policy",
+        )
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
@@ -254,6 +262,8 @@ class PrometheusMetrics:
     def decided(self, decision: Decision, seconds: float) -> None:
         """See `Hook`."""
         self._decision.labels(decision.label).observe(seconds)
+        if decision.chosen.prefix_match is not None:
+            self._prefix_match.labels(decision.label).observe(decision.chosen.prefix_match)
         if decision.fallback_reason is not None:
             self._fallbacks.labels(decision.label, decision.fallback_reason).inc()
 

@@ -141,7 +141,7 @@ STEERING = {
     "model": "spoofed",
     "x-model": "spoofed",
     "endpoint-load-metrics-format": "TEXT",
-    "config-profile": "x",
+    "config-profile": "auto",
     "external-filter": "!no-such-label",
     "x-session-id": "MTY5LjI1NC4xNjkuMjU0Ojgw",
     "x-aibrix-session-key": "k",

@@ -298,6 +298,7 @@ CASES: Mapping[str, Ask] = {
     "unknown-model": asking(model="nobody"),
     "unknown-strategy": asking(headers={"routing-strategy": "guess"}),
     "bad-filter": asking(headers={"external-filter": "=("}),
+    "bad-profile": asking(headers={"config-profile": "none"}),
     "bad-pin": asking(headers={"target-pod-ip": "10.0.0.1:1"}),
     "body-too-large": announces_too_much,
     "headers-too-large": asking(headers={f"x-{number}": "1" for number in range(110)}),

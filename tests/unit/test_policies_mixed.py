@@ -51,6 +51,7 @@ def test_how_policies_are_written(text: str, members: list[tuple[str, int]]) -> 
         (f"random:1,{LEAST}", "'random' does not score"),
         (f"{LEAST},round-robin", "'round-robin' does not score"),
         (f"power-of-two:0,{LEAST}", "'power-of-two' does not score"),
+        (f"pd,{LEAST}", "'pd' chooses pairs"),
         (f"{KV}:-1,{LEAST}", "from 0 to 1000000"),
         (f"{KV}:1.5,{LEAST}", "from 0 to 1000000"),
         (f"{KV}:,{LEAST}", "from 0 to 1000000"),
@@ -74,7 +75,7 @@ def test_what_is_wrong_is_said(text: str, why: str) -> None:
 
 
 def test_all_policies_with_weights_fit() -> None:
-    scoring = [name for name in registry.POLICIES if name not in mixes.PICKING]
+    scoring = [name for name in registry.POLICIES if name not in mixes.PICKING | mixes.ALONE]
     assert len(
         mixes.parse(mixes.canonical([(name, mixes.MAX_WEIGHT) for name in scoring]), registry.POLICIES)
     ) == len(scoring)
@@ -94,10 +95,11 @@ def test_any_text_is_a_policy_or_a_refusal(text: str) -> None:
 
 def test_the_policies_that_cannot_be_mixed_are_those_that_do_not_score() -> None:
     candidates = [candidate(1, kv=0.5), candidate(2, kv=0.5)]
+    keyed = SchedulingRequest(model=MODEL, session_key=b"key")
     silent = {
         name
         for name, profile in registry.build().items()
-        if not profile.run(REQUEST, candidates, random.Random(1)).scores
+        if name not in mixes.ALONE and not profile.run(keyed, candidates, random.Random(1)).scores
     }
     assert silent == mixes.PICKING
 

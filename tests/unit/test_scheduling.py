@@ -449,11 +449,13 @@ REQUESTS = st.builds(
     adapter=st.booleans(),
 )
 MIXES = st.lists(
-    st.tuples(st.sampled_from(sorted(set(registry.POLICIES) - mixes.PICKING)), st.integers(1, 10**6)),
+    st.tuples(
+        st.sampled_from(sorted(set(registry.POLICIES) - mixes.PICKING - mixes.ALONE)), st.integers(1, 10**6)
+    ),
     min_size=2,
     unique_by=lambda member: member[0],
 ).map(mixes.canonical)
-ANY_POLICY = st.sampled_from(registry.POLICIES) | MIXES
+ANY_POLICY = st.sampled_from(sorted(set(registry.POLICIES) - mixes.ALONE)) | MIXES
 
 
 @given(CANDIDATES, REQUESTS, ANY_POLICY, st.integers(0, 1000), st.integers(1, 10))

@@ -71,7 +71,7 @@ def test_the_least_configuration() -> None:
         ),
         ({"models": {"m": {"nope": 1}}}, "configuration: models.m.nope: unknown key"),
         ({"limits": {"rpm": 1}}, "configuration: limits.rpm: unknown key"),
-        ({"auth": {"mode": "header"}}, "configuration: auth.mode: Input should be 'none'"),
+        ({"auth": {"mode": "api-key"}}, "configuration: auth.mode: Input should be 'none' or 'header'"),
         (
             {"envoy": {"endpoints_file": "pods.yaml"}},
             "configuration: envoy.endpoints_file: must end in .json",
@@ -130,6 +130,11 @@ def test_a_secret_is_not_repeated() -> None:
 @pytest.mark.parametrize(("value", "is_open"), [("auto", True), (True, True), (False, False)])
 def test_fail_open(value: object, is_open: bool) -> None:
     assert parsed(LEAST | {"envoy": {"fail_open": value}}).fail_open is is_open
+
+
+@pytest.mark.parametrize(("mode", "is_open"), [("none", True), ("header", False)])
+def test_who_relies_on_us_fails_closed(mode: str, is_open: bool) -> None:
+    assert parsed(LEAST | {"auth": {"mode": mode}}).fail_open is is_open
 
 
 @pytest.mark.parametrize("address", ["[::]:9002", "localhost:1", "10.0.0.1:0"])

@@ -418,7 +418,7 @@ async def test_healthcheck_of_a_server_that_hangs(secret: Secret, tmp_path: Path
         code, _, err = await check(tmp_path / "gateway.yaml", data, "--timeout", "0.5")
     assert code == 1
     assert "DEADLINE_EXCEEDED" in err
-    assert clock() - began < 5
+    assert clock() - began < 20
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")

@@ -302,6 +302,15 @@ def test_the_load_report_for_an_answer_left_to_envoy() -> None:
     assert handed_over(load_report=load)["load"] == wire.report_value(load)
 
 
+def test_what_the_answer_is_to_tell_besides() -> None:
+    sessions = (("10.0.0.1:8000", "MTA="), ("[::1]:8000", "Wzo="))
+    assert handed_over(sessions=sessions)["sessions"] == "10.0.0.1:8000 MTA=\n[::1]:8000 Wzo="
+    extras = (("x-aibrix-config-profile", "a\nset-cookie: b"), ("prefill-target-pod", "pod\udcff"))
+    assert handed_over(extras=extras)["extras"] == (
+        "x-aibrix-config-profile aset-cookie: b\nprefill-target-pod pod\ufffd"
+    )
+
+
 @pytest.mark.parametrize(
     ("request_id", "sent"),
     [

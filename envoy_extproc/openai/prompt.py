@@ -1,0 +1,208 @@
+"""The prompt of a request as a chain of hashes, one a block: prompts that begin alike have hashes that begin alike.
+
+What is hashed is the prompt as a model would read it, not the JSON around it: the tools, then what the system says, then
+each turn with its role and its text. So the order of keys, white space and escapes make no difference, and neither does
+whether a text stands by itself or as the only part of a list. Images, audio and files stand in it by a digest. A list of
+token ids is hashed as it is. What a client moves about from turn to turn and no model sees (``cache_control``, ids) is not
+in it.
+
+    h[0] = H(model, salt)        h[i] = H(h[i - 1], block i)
+
+A hash so stands for all of the prompt up to the end of its block. The rest behind the last whole block is left out: the next
+turn would not have it as a block of its own.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import xxhash
+
+from envoy_extproc.openai import lenient
+
+TOKEN_BYTES = 4
+"""Bytes of a token: of English text in the tokenizers of today's models, and of a token id here."""
+
+_TURN, _PART = b"\x1e", b"\x1f"
+_WHOLE_BYTES = 1_048_576
+"""Longer members are read turn by turn, and only as far as they are hashed."""
+
+_TEXTS = (None, "text", "input_text", "output_text")  # no set: a client may write anything there
+_UNSEEN = frozenset({"annotations", "cache_control", "content", "id", "logprobs", "role", "status"})
+"""Members of a message that are rendered by themselves, or that no model sees."""
+
+_FIRST = {"tools": 0, "system": 1, "instructions": 2}
+"""What comes before the turns, and in which order."""
+
+_HASH_BITS = 4
+"""Taken off each hash: Python keeps an integer of 60 bits in 32 bytes, one of 64 in 48."""
+
+_ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+_ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+class BlockRule(msgspec.Struct, frozen=True, kw_only=True):
+    """How prompts are cut and hashed; hashes of unlike rules have nothing to do with each other.
+
+    Attributes:
+        tokens: of a block. vLLM's has 16; four of them cost a quarter and lose 24 tokens of a match on average.
+        most: blocks of one prompt; what is behind them is not looked at.
+        seed: of every chain, so that nobody can make up prompts that collide.
+    """
+
+    tokens: int = 64
+    most: int = 2048
+    seed: int = 0
+
+
+class Prompt:
+    """The prompt of one request, not read until somebody asks for its hashes; then its text is let go.
+
+    Args:
+        members: the members of the request body that carry the prompt, raw.
+        salt: the request's ``cache_salt``: prompts under unlike salts have nothing in common.
+    """
+
+    __slots__ = ("_hashes", "_members", "_salt")
+
+    def __init__(self, members: Mapping[str, msgspec.Raw], salt: object = None) -> None:
+        self._members: Mapping[str, msgspec.Raw] | None = members
+        self._salt = salt
+        self._hashes: Sequence[int] = ()
+
+    def hashes(self, rule: BlockRule, model: str | None) -> Sequence[int]:
+        """The hash of each whole block, the same sequence for every call: the first one's rule and model count.
+
+        A prompt that cannot be read has none; it is the engine's to refuse.
+        """
+        members, self._members = self._members, None
+        if members is not None:
+            start = f"{model or ''}\0{self._salt or ''}".encode("utf-8", "surrogatepass")
+            self._hashes = chain(render(members, rule.most * rule.tokens * TOKEN_BYTES), rule, start)
+        return self._hashes
+
+    @property
+    def was_read(self) -> bool:
+        """Whether anybody asked for its hashes, so that it holds no text any more."""
+        return self._members is None
+
+
+def chain(rendered: bytes, rule: BlockRule, start: bytes = b"") -> Sequence[int]:
+    """The hashes of the whole blocks of `rendered`; `start` is what all of them depend on."""
+    size, digest = rule.tokens * TOKEN_BYTES, xxhash.xxh64_intdigest
+    last = digest(start, rule.seed)
+    hashes = []
+    for begin in range(0, min(len(rendered), size * rule.most) - size + 1, size):
+        last = digest(rendered[begin : begin + size], last)
+        hashes.append(last >> _HASH_BITS)
+    return hashes
+
+
+def render(members: Mapping[str, msgspec.Raw], most: int) -> bytes:
+    """The prompt in `members`, its first `most` bytes and perhaps some more; empty where it cannot be read."""
+    pieces: list[bytes] = []
+    length = 0
+    try:
+        for piece in _members(members):
+            pieces.append(piece)
+            length += len(piece)
+            if length >= most:
+                break
+    except (msgspec.MsgspecError, OverflowError, RecursionError, ValueError):
+        return b""  # it passed as JSON and still has numbers or nesting nobody can read
+    return b"".join(pieces)
+
+
+def _members(members: Mapping[str, msgspec.Raw]) -> Iterator[bytes]:
+    for name in sorted(members, key=lambda name: _FIRST.get(name, len(_FIRST))):
+        raw = members[name]
+        if name == "tools":
+            tools = _value(raw)
+            if tools:
+                yield _TURN + _canonical(tools)
+        elif name in _FIRST:
+            yield from _turn("system", {"content": _value(raw)})
+        else:
+            yield from _turns(raw, bare=name == "prompt")
+
+
+def _turns(raw: msgspec.Raw, *, bare: bool) -> Iterator[bytes]:
+    """The turns of a conversation, or of texts and token ids the ones that are embedded or completed; `bare`: without roles."""
+    value = _elements(raw) if len(raw) > _WHOLE_BYTES else _value(raw)
+    if not isinstance(value, list | Iterator):
+        value = (value,)
+    elif isinstance(value, list) and (tokens := _tokens(value)) is not None:
+        yield tokens
+        return
+    for place, each in enumerate(value):
+        if isinstance(each, dict):
+            yield from _turn(each.get("role"), each)
+        elif bare or not isinstance(each, str):
+            if place:
+                yield _TURN
+            yield from _text(each)
+        else:
+            yield from _turn("user", {"content": each})
+
+
+def _elements(raw: msgspec.Raw) -> Any:
+    """The elements of a long list one by one; the value itself where it is no list."""
+    try:
+        elements = _ELEMENTS.decode(raw)
+    except lenient.Malformed:
+        return _value(raw)
+    if (
+        len(elements) * 2 * TOKEN_BYTES > len(raw) // 4
+    ):  # token ids, or nearly: each by itself would take a microsecond
+        return _value(raw)
+    return (_value(each) for each in elements)
+
+
+def _value(raw: msgspec.Raw) -> Any:
+    return lenient.decode(_ANY, bytes(raw))
+
+
+def _turn(role: object, message: Mapping[str, Any]) -> Iterator[bytes]:
+    yield _TURN
+    yield from _text(role)
+    yield _PART
+    yield from _content(message.get("content"))
+    rest = {name: value for name, value in message.items() if value and name not in _UNSEEN}
+    if rest:
+        yield _PART + _canonical(rest)
+
+
+def _content(content: object) -> Iterator[bytes]:
+    for part in content if isinstance(content, list) else (content,):
+        if not isinstance(part, dict):
+            yield from _text(part)
+        elif part.get("type") in _TEXTS and isinstance(part.get("text"), str):
+            yield from _text(part["text"])
+        elif part.get("type") == "tool_result":
+            yield _PART
+            yield from _content(part.get("content"))
+        else:
+            seen = {name: value for name, value in part.items() if name != "cache_control"}
+            yield _PART + xxhash.xxh3_128_digest(_canonical(seen))
+
+
+def _text(value: object) -> Iterator[bytes]:
+    if isinstance(value, str):
+        yield value.encode("utf-8", "surrogatepass")
+    elif value is not None:
+        yield (_tokens(value) if isinstance(value, list) else None) or _canonical(value)
+
+
+def _tokens(values: Sequence[Any]) -> bytes | None:
+    """Token ids, four bytes each; None where they are none."""
+    try:
+        return array("I", values).tobytes()
+    except (TypeError, OverflowError):
+        return None
+
+
+def _canonical(value: object) -> bytes:
+    return msgspec.json.encode(value, order="sorted")

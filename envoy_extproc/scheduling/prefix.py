@@ -1,0 +1,265 @@
+"""Which endpoint holds the KV cache of which prompts, as far as that can be told from what was sent there.
+
+An engine that was sent a prompt holds its blocks until others push them out. So each endpoint is remembered with the blocks
+(`openai.prompt`) of the prompts it was sent, as many as its cache has room for; behind that the ones go that were not asked for
+again since they had their last chance (CLOCK; Corbató 1968), the end of a prompt before its beginning, as vLLM frees
+them. It is a guess: an engine may have freed a block earlier, or hold more than is remembered here.
+
+The table has one entry for a block, whoever holds it: an integer with two bits for each endpoint, `has` and, beside it, `used`
+(asked for since its last chance). Most blocks are one endpoint's, and all of those share one integer; an endpoint's own list of
+blocks is an array. `tests/bench/decisions.py` measures what a block takes. Looking up is one step along the prompt for
+all endpoints at once, and ends with the last block that anybody holds.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+from envoy_extproc.endpoints import Endpoint, EngineState
+from envoy_extproc.openai.prompt import BlockRule
+from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
+
+_NOBODY: Mapping[str, int] = {}
+_SPARED = 4
+"""Blocks that get another chance for each that is to go, at most: one prompt's learning stays short whatever was used."""
+
+
+class _Holder:
+    """An endpoint and its blocks, the oldest first.
+
+    Attributes:
+        endpoint: whose they are.
+        place: of its bits in the table's integers.
+        has: the bit for holding a block.
+        used: the bit for having been asked for it again.
+        blocks: each block it holds, once; those before `first` are gone.
+        first: where the oldest one is.
+    """
+
+    __slots__ = ("blocks", "endpoint", "first", "has", "place", "used")
+
+    def __init__(self, endpoint: Endpoint, place: int) -> None:
+        self.endpoint = endpoint
+        self.place = place
+        self.has = 1 << 2 * place
+        self.used = 2 << 2 * place
+        self.blocks = array("Q")
+        self.first = 0
+
+    def __len__(self) -> int:
+        return len(self.blocks) - self.first
+
+    def oldest(self) -> int:
+        """Takes out the oldest block."""
+        block = self.blocks[self.first]
+        self.first += 1
+        if self.first * 2 > len(self.blocks):
+            del self.blocks[: self.first]
+            self.first = 0
+        return block
+
+
+class PrefixIndex:
+    """What each endpoint holds. Blocks of unlike models, and of unlike salts, are unlike.
+
+    Args:
+        rule: how prompts are cut into blocks.
+        per_endpoint: blocks remembered of one endpoint: what its cache has room for. The default, the endpoint picker's,
+            is 2 million tokens.
+        in_all: blocks remembered of all endpoints together, each of which has an equal share of them.
+    """
+
+    def __init__(
+        self, rule: BlockRule | None = None, *, per_endpoint: int = 31_250, in_all: int = 1_000_000
+    ) -> None:
+        self.rule = rule or BlockRule()
+        self._per_endpoint = per_endpoint
+        self._in_all = in_all
+        self._table: dict[int, int] = {}
+        self._holders: dict[str, _Holder] = {}
+        self._by_place: dict[int, _Holder] = {}
+        self._everyone = 0
+        self._asked: Sequence[int] = ()
+        self._answer: Mapping[str, int] | None = None
+
+    def __len__(self) -> int:
+        """Blocks remembered, one that several endpoints hold counted for each."""
+        return sum(map(len, self._holders.values()))
+
+    @property
+    def distinct(self) -> int:
+        """Blocks remembered, each counted once."""
+        return len(self._table)
+
+    @property
+    def limit(self) -> int:
+        """Blocks that one endpoint may have now."""
+        return max(1, min(self._per_endpoint, self._in_all // max(1, len(self._holders))))
+
+    def blocks(self, request: SchedulingRequest) -> Sequence[int]:
+        """The blocks of the request's prompt; none where it has no prompt, or one shorter than a block."""
+        return () if request.prompt is None else request.prompt.hashes(self.rule, request.model)
+
+    def shares(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[float]:
+        """The share of the prompt, 0 to 1, that each candidate holds; all 0 where nobody holds any."""
+        blocks = self.blocks(request)
+        matched = self.match(blocks)
+        if not matched:
+            return [0.0] * len(candidates)
+        count = len(blocks)
+        return [matched.get(each.endpoint.address, 0) / count for each in candidates]
+
+    def match(self, blocks: Sequence[int]) -> Mapping[str, int]:
+        """How many of `blocks`, from the first on without a gap, each endpoint holds; those that hold none are left out."""
+        if self._answer is None or self._asked is not blocks:  # a filter and a scorer ask the same
+            self._asked, self._answer = blocks, self._match(blocks)
+        return self._answer
+
+    def _match(self, blocks: Sequence[int]) -> Mapping[str, int]:
+        holding, table = self._everyone, self._table
+        matched: dict[str, int] = {}
+        depth = 0
+        for block in blocks:
+            left = table.get(block, 0) & holding
+            if left != holding:
+                if depth:
+                    self._note(matched, holding ^ left, depth)
+                holding = left
+                if not left:
+                    return matched or _NOBODY
+            depth += 1
+        if depth:
+            self._note(matched, holding, depth)
+        return matched
+
+    def _note(self, matched: dict[str, int], holding: int, depth: int) -> None:
+        digits = bin(holding)[:1:-1]
+        at = digits.find("1")
+        while at >= 0:
+            matched[self._by_place[at >> 1].endpoint.address] = depth
+            at = digits.find("1", at + 1)
+
+    def learn(self, blocks: Sequence[int], endpoint: Endpoint) -> None:
+        """`endpoint` is sent a prompt of these blocks. Of a prompt longer than its share the beginning counts."""
+        if not blocks:
+            return
+        self._answer = None
+        holder = self._holders.get(endpoint.address)
+        if holder is None or not _same(holder.endpoint, endpoint):
+            holder = self._welcome(endpoint)
+        limit = self.limit
+        blocks = blocks[:limit]
+        fresh = self._touch(holder, blocks)
+        if len(holder) + len(fresh) > limit:
+            self._make_room(holder, limit - len(fresh), keep=set(blocks))
+        self._add(holder, fresh)
+
+    def _touch(self, holder: _Holder, blocks: Sequence[int]) -> Sequence[int]:
+        """Marks the blocks that are held already; returns the others."""
+        table, has, both = self._table, holder.has, holder.has | holder.used
+        before = after = 0
+        fresh = []
+        for block in blocks:
+            mask = table.get(block, 0)
+            if not mask & has:
+                fresh.append(block)
+            elif mask & both != both:
+                if mask != before:  # blocks side by side share one integer
+                    before, after = mask, mask | both
+                table[block] = after
+        return list(dict.fromkeys(fresh))
+
+    def _add(self, holder: _Holder, fresh: Sequence[int]) -> None:
+        """The end first, so that it goes before the beginning, without which it is of no use."""
+        table, has = self._table, holder.has
+        before, after = 0, has
+        for block in fresh:
+            mask = table.get(block, 0)
+            if mask != before:
+                before, after = mask, mask | has
+            table[block] = after
+        holder.blocks.extend(reversed(fresh))
+
+    def _make_room(self, holder: _Holder, most: int, keep: AbstractSet[int] = frozenset()) -> None:
+        """Forgets until at most `most` blocks are held, none of those to `keep`, which are no more than that."""
+        table, used = self._table, holder.used
+        spared = _SPARED * max(0, len(holder) - most)
+        while len(holder) > most:
+            block = holder.oldest()
+            if block in keep:
+                holder.blocks.append(block)
+            elif spared and table[block] & used:
+                spared -= 1
+                table[block] ^= used
+                holder.blocks.append(block)
+            else:
+                self._drop(holder, block)
+
+    def _drop(self, holder: _Holder, block: int) -> None:
+        left = self._table[block] & ~(holder.has | holder.used)
+        if left:
+            self._table[block] = left
+        else:
+            del self._table[block]
+
+    def forget(self, address: str) -> None:
+        """Everything of the endpoint at `address`: it left, or its engine began anew."""
+        self._answer = None
+        holder = self._holders.pop(address, None)
+        if holder is None:
+            return
+        for block in holder.blocks[holder.first :]:
+            self._drop(holder, block)
+        del self._by_place[holder.place]
+        self._everyone ^= holder.has
+
+    def keep(self, endpoints: Mapping[str, Endpoint]) -> None:
+        """Forgets all but `endpoints`, by address, and what earlier owners of their addresses had."""
+        for address, holder in list(self._holders.items()):
+            now = endpoints.get(address)
+            if now is None or not _same(holder.endpoint, now):
+                self.forget(address)
+
+    def _welcome(self, endpoint: Endpoint) -> _Holder:
+        """A holder of no blocks, in the lowest place that is free; everybody's share is smaller from now on."""
+        self.forget(endpoint.address)
+        place = next(number for number in range(len(self._by_place) + 1) if number not in self._by_place)
+        holder = self._holders[endpoint.address] = self._by_place[place] = _Holder(endpoint, place)
+        self._everyone |= holder.has
+        self._trim(self._holders.values())
+        return holder
+
+    def _trim(self, holders: Iterable[_Holder]) -> None:
+        limit = self.limit
+        for holder in holders:
+            if len(holder) > limit:
+                self._make_room(holder, limit)
+
+
+class EmptyCaches:
+    """Notices engines whose cache has nothing in it any more: of what they were sent, none is worth anything.
+
+    An engine that begins anew refuses connections until its model is loaded. One that did so while nobody looked
+    has answered no prompt yet, so it cannot tell the share of them that it found in its cache, as it could before.
+    """
+
+    def __init__(self) -> None:
+        self._telling: set[str] = set()
+
+    def among(self, states: Mapping[str, EngineState]) -> Sequence[str]:
+        """Their addresses, by what the scraper knows of each address now."""
+        telling = {
+            address
+            for address, state in states.items()
+            if state.stats is not None and state.stats.prefix_cache_hit_rate is not None
+        }
+        silent = [address for address in self._telling - telling if address in states]
+        self._telling = telling
+        return silent + [address for address, state in states.items() if not state.reachable]
+
+
+def _same(one: Endpoint, other: Endpoint) -> bool:
+    """Whether it is one engine: another pod may have got the address of one that is gone."""
+    return (one.name, one.engine) == (other.name, other.engine)

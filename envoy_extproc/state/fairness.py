@@ -1,0 +1,182 @@
+"""What each user has been served lately: virtual token counters over a sliding window.
+
+A request is charged with an estimate when it is decided, so that a burst counts at once, and with what it really used, in
+place of that, when its report comes. A user who comes, or comes back when nothing of theirs is left in the window, begins with
+the least counter of those who have requests under way: what was left unused is not saved up, and nothing is owed for it
+(the lift of Sheng et al. 2024; theirs also lifts who has no request for a moment, which in a queue costs nothing, but
+here would make everybody with one request at a time look as heavy as the heaviest).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from envoy_extproc.exchange.report import Report
+from envoy_extproc.scheduling.fairness import FairnessRules
+from envoy_extproc.scheduling.interfaces import Decision, Standing
+
+_SLOTS = 10
+"""Parts of the window; what leaves it does so a tenth at a time. Each takes up to 300 bytes a user."""
+
+_OUTPUT_PER_INPUT = 1.5
+"""Tokens of an answer for each of its prompt, until it is known: AIBrix's guess."""
+
+_PATIENCE_SECONDS = 3600.0
+"""For the report of a request: none is under way for longer."""
+
+_MOST_UNDER_WAY = 65_536
+"""Charges that wait for their reports; of more than that, the oldest stand as they were estimated."""
+
+_TOGETHER = ""
+"""Whose counter those are on for whom there is none: no user has an empty name."""
+
+
+class _Charge(msgspec.Struct):
+    user: str
+    slot: int
+    tokens: float
+    at: float
+
+
+class Fairness:
+    """The counters of all users of one server.
+
+    Args:
+        rules: how service is counted.
+        name: sets the tickets of this server apart from others'.
+        clock: monotonic seconds, the same that are handed in.
+    """
+
+    def __init__(
+        self, rules: FairnessRules, *, name: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._rules = rules
+        self._name = name
+        self._clock = clock
+        self._width = rules.window_seconds / _SLOTS
+        self._slots: deque[tuple[int, dict[str, float]]] = deque()
+        self._totals: dict[str, float] = {}
+        self._under_way: dict[str, int] = {}
+        self._active: dict[
+            str, float
+        ] = {}  # the totals of those under way: looked through for every decision
+        self._charges: dict[str, _Charge] = {}
+        self._issued = 0
+
+    def standing(self, user: str, now: float) -> Standing:
+        """How `user` stands among those with requests under way."""
+        self._pass_time(now)
+        own = self._lifted(self._account(user))
+        return Standing(
+            own=own,
+            least=min(own, min(self._active.values(), default=own)),
+            most=max(own, max(self._active.values(), default=own)),
+        )
+
+    def charge(self, user: str, prompt_tokens: int, max_output_tokens: int | None, now: float) -> str:
+        """Charges a request that is decided with what it is expected to use; returns the ticket of its report."""
+        self._pass_time(now)
+        account = self._account(user)
+        self._make_room(account)
+        lifted = self._lifted(account)
+        under_way = self._under_way.get(account, 0)
+        self._under_way[account] = under_way + 1
+        output = prompt_tokens * _OUTPUT_PER_INPUT
+        if max_output_tokens is not None:
+            output = min(output, max_output_tokens)
+        tokens = self._weighed(prompt_tokens, output)
+        self._add(account, tokens + lifted - self._totals.get(account, 0.0))
+        self._issued += 1
+        ticket = f"{self._name}-{self._issued}"
+        self._charges[ticket] = _Charge(account, self._slots[-1][0], tokens, now)
+        return ticket
+
+    def decided(self, decision: Decision, seconds: float) -> None:
+        """See `Hook`. A decision is charged by `charge`, before it is told of."""
+
+    def finished(self, report: Report) -> None:
+        """See `Hook`: the real usage takes the place of the estimate. A report with another server's ticket is passed over."""
+        ticket = None if report.routing is None else report.routing.ticket
+        if ticket is None:
+            return
+        self._pass_time(self._clock())
+        charge = self._charges.pop(ticket, None)
+        if charge is None:
+            return
+        used = self._weighed(report.usage.prompt_tokens, report.usage.completion_tokens)
+        self._take_back(charge)
+        self._add(charge.user, used)
+        self._leave(charge.user)
+
+    def _weighed(self, prompt: float, output: float) -> float:
+        return self._rules.input_weight * prompt + self._rules.output_weight * output
+
+    def _account(self, user: str) -> str:
+        """Whose counter `user` is on: another's only where all that there may be are in use."""
+        known, idle = len(self._totals), len(self._totals) - len(self._under_way)
+        return user if user in self._totals or known < self._rules.max_users or idle else _TOGETHER
+
+    def _lifted(self, account: str) -> float:
+        """A counter as it is, or would begin."""
+        total = self._totals.get(account)
+        return min(self._active.values(), default=0.0) if total is None else total
+
+    def _add(self, account: str, tokens: float) -> None:
+        slot = self._slots[-1][1]
+        slot[account] = slot.get(account, 0.0) + tokens
+        total = self._totals[account] = max(0.0, self._totals.get(account, 0.0) + tokens)
+        if account in self._under_way:
+            self._active[account] = total
+
+    def _take_back(self, charge: _Charge) -> None:
+        for number, slot in self._slots:
+            if number == charge.slot and charge.user in slot:
+                slot[charge.user] -= charge.tokens
+                self._totals[charge.user] -= charge.tokens
+
+    def _leave(self, account: str) -> None:
+        """One request of an account is over; after its last one the account is idle."""
+        rest = self._under_way[account] - 1
+        if rest:
+            self._under_way[account] = rest
+            return
+        del self._under_way[account], self._active[account]
+        self._slots[-1][1].setdefault(account, 0.0)  # with which it is forgotten
+
+    def _pass_time(self, now: float) -> None:
+        """Begins a new slot where one is due, and forgets what lies before the window."""
+        number = int(now // self._width)
+        if self._slots and number <= self._slots[-1][0]:
+            return
+        self._slots.append((number, {}))
+        while self._slots[0][0] <= number - _SLOTS:
+            self._expire(self._slots.popleft()[1])
+        while self._charges and (
+            len(self._charges) > _MOST_UNDER_WAY
+            or next(iter(self._charges.values())).at < now - _PATIENCE_SECONDS
+        ):
+            self._leave(self._charges.pop(next(iter(self._charges))).user)
+
+    def _expire(self, slot: dict[str, float]) -> None:
+        still = {user for _, later in self._slots for user in later}
+        for user, tokens in slot.items():
+            if user in self._under_way:
+                self._active[user] = self._totals[user] = max(0.0, self._totals[user] - tokens)
+            elif user not in still:
+                self._totals.pop(user, None)
+            else:
+                self._totals[user] = max(0.0, self._totals[user] - tokens)
+
+    def _make_room(self, account: str) -> None:
+        """Forgets an idle user where a new one would be one too many."""
+        if account in self._totals or len(self._totals) < self._rules.max_users:
+            return
+        idle = next((user for user in self._totals if user not in self._under_way), None)
+        if idle is not None:
+            del self._totals[idle]
+            for _, slot in self._slots:
+                slot.pop(idle, None)

@@ -1,0 +1,381 @@
+"""Fairness between users: their counters, what routing makes of them, and the bound the paper proves."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from statistics import mean
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from envoy_extproc.endpoints import Snapshot
+from envoy_extproc.exchange.report import Report, Routing, routing_of
+from envoy_extproc.openai.answer import Usage
+from envoy_extproc.scheduling import registry
+from envoy_extproc.scheduling.fairness import FairnessRules, VtcScorer
+from envoy_extproc.scheduling.interfaces import MissingDataError, SchedulingRequest, Standing
+from envoy_extproc.server.director import Director, RoutingRules
+from envoy_extproc.state.fairness import Fairness
+from tests.support.builders import MODEL, candidate, decision, endpoint
+from tests.support.reports import report
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def made(**rules: Any) -> tuple[Fairness, Clock]:
+    clock = Clock()
+    return Fairness(FairnessRules(**rules), name="here", clock=clock), clock
+
+
+def over(ticket: str, prompt: int, completion: int) -> Report:
+    """The report of a request that used so many tokens."""
+    routing = routing_of(msgspec.structs.replace(decision(1), ticket=ticket))
+    return report(routing=routing, usage=Usage(prompt_tokens=prompt, completion_tokens=completion))
+
+
+def own(fairness: Fairness, user: str, clock: Clock) -> float:
+    return fairness.standing(user, clock.now).own
+
+
+# -- counters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "charged"),
+    [(100, None, 100 + 2 * 150), (100, 20, 100 + 2 * 20), (100, 1000, 100 + 2 * 150), (0, None, 0)],
+)
+def test_a_request_is_charged_with_what_is_expected(prompt: int, most: int | None, charged: float) -> None:
+    fairness, clock = made()
+    fairness.charge("ann", prompt, most, clock.now)
+    assert own(fairness, "ann", clock) == charged
+
+
+def test_what_it_used_takes_the_place_of_the_estimate() -> None:
+    fairness, clock = made(input_weight=1, output_weight=3)
+    one, two = (fairness.charge("ann", 100, None, clock.now) for _ in range(2))
+    fairness.finished(over(one, 10, 20))
+    assert own(fairness, "ann", clock) == 10 + 3 * 20 + 100 + 3 * 150
+    fairness.finished(over(two, 0, 0))
+    fairness.finished(over(two, 0, 9))  # told twice, counted once
+    assert own(fairness, "ann", clock) == 70
+
+
+@pytest.mark.parametrize("ticket", [None, "there-1", "here-2", ""])
+def test_other_reports_change_nothing(ticket: str | None) -> None:
+    fairness, clock = made()
+    fairness.charge("ann", 100, None, clock.now)
+    before = own(fairness, "ann", clock)
+    fairness.finished(over(ticket or "", 9, 9))
+    fairness.finished(report(routing=None))
+    fairness.finished(report())
+    assert own(fairness, "ann", clock) == before
+
+
+def test_service_is_forgotten_after_the_window() -> None:
+    fairness, clock = made(window_seconds=300)
+    fairness.finished(over(fairness.charge("ann", 1, None, clock.now), 100, 0))
+    clock.now += 150
+    fairness.finished(over(fairness.charge("ann", 1, None, clock.now), 10, 0))
+    for seconds, left in ((139, 110), (11, 10), (139, 10), (11, 0)):
+        clock.now += seconds
+        assert own(fairness, "ann", clock) == left
+    assert fairness._totals == {}
+
+
+def test_an_estimate_that_has_left_the_window_is_not_taken_back_twice() -> None:
+    fairness, clock = made(window_seconds=30)
+    ticket = fairness.charge("ann", 100, None, clock.now)
+    clock.now += 60
+    assert own(fairness, "ann", clock) == 0
+    fairness.finished(over(ticket, 5, 0))
+    assert own(fairness, "ann", clock) == 5
+
+
+def test_a_request_that_is_never_told_of_does_not_count_as_under_way_for_ever() -> None:
+    fairness, clock = made()
+    fairness.charge("ann", 100, None, clock.now)
+    clock.now += 3599
+    fairness.standing("bob", clock.now)
+    assert fairness._under_way == {"ann": 1}
+    clock.now += 40
+    fairness.standing("bob", clock.now)
+    assert (fairness._under_way, fairness._active, fairness._charges) == ({}, {}, {})
+    clock.now += 400
+    fairness.standing("bob", clock.now)
+    assert fairness._totals == {}
+
+
+def test_who_comes_back_is_lifted_to_the_least_of_those_under_way() -> None:
+    fairness, clock = made()
+    fairness.charge("cid", 100, 0, clock.now)
+    for user, tokens in (("ann", 5000), ("bob", 3000)):
+        fairness.finished(over(fairness.charge(user, 0, 0, clock.now), tokens, 0))
+        fairness.charge(user, 0, 0, clock.now)
+    assert own(fairness, "bob", clock) == 3000 + 100  # with which bob began
+    fairness.finished(over("here-1", 10, 0))
+    assert fairness.standing("cid", clock.now) == Standing(own=10, least=10, most=5100)  # was here just now
+    assert fairness.standing("dan", clock.now) == Standing(own=3100, least=3100, most=5100)
+    fairness.charge("dan", 0, 0, clock.now)
+    assert fairness.standing("dan", clock.now) == Standing(own=3100, least=3100, most=5100)
+    clock.now += 290
+    fairness.charge("bob", 20, 0, clock.now)
+    fairness.charge("ann", 30, 0, clock.now)
+    fairness.finished(over("here-6", 0, 0))  # dan's only one
+    clock.now += 10
+    assert fairness.standing("cid", clock.now) == Standing(own=20, least=20, most=30)
+
+
+def test_where_nobody_is_there_is_nobody_to_be_lifted_to() -> None:
+    fairness, clock = made()
+    fairness.finished(over(fairness.charge("ann", 0, 0, clock.now), 5000, 0))
+    assert fairness.standing("bob", clock.now) == Standing(own=0, least=0, most=0)
+
+
+def test_a_lift_is_not_taken_back_with_an_estimate() -> None:
+    fairness, clock = made()
+    fairness.charge("ann", 1000, 0, clock.now)
+    fairness.finished(over(fairness.charge("bob", 500, 0, clock.now), 7, 0))
+    assert fairness._totals["bob"] == 1007
+
+
+def test_memory_is_bounded() -> None:
+    fairness, clock = made(max_users=3)
+    for number in range(50):
+        fairness.finished(over(fairness.charge(f"user-{number}", 9, 9, clock.now), 9, 9))
+    assert len(fairness._totals) == 3
+    assert all(len(slot) <= 3 for _, slot in fairness._slots)
+    tickets = [fairness.charge(f"busy-{number}", 9, 9, clock.now) for number in range(50)]
+    assert len(fairness._totals) == 4  # 47 share one
+    assert fairness._under_way == {"busy-0": 1, "busy-1": 1, "busy-2": 1, "": 47}
+    for ticket in tickets:
+        fairness.finished(over(ticket, 1, 1))
+    assert (fairness._under_way, fairness._active, fairness._charges) == ({}, {}, {})
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcde"), st.sampled_from(["charge", "finish", "look", "wait"])),
+        max_size=60,
+    ),
+    st.integers(0, 99),
+)
+def test_counters_never_lie(steps: list[tuple[str, str]], seed: int) -> None:
+    """Whatever happens: no counter is negative, the least and most are of those there are, and all is forgotten in the end."""
+    fairness, clock = made(window_seconds=60, max_users=3)
+    rng, open_ = random.Random(seed), list[str]()
+    for user, step in steps:
+        if step == "charge":
+            open_.append(fairness.charge(user, rng.randrange(1000), rng.choice([None, 5]), clock.now))
+        elif step == "finish" and open_:
+            fairness.finished(
+                over(open_.pop(rng.randrange(len(open_))), rng.randrange(999), rng.randrange(999))
+            )
+        elif step == "wait":
+            clock.now += rng.choice([0.5, 3.0, 70.0])
+        standing = fairness.standing(user, clock.now)
+        assert 0 <= standing.least <= standing.own <= standing.most
+        assert fairness._active.keys() == fairness._under_way.keys()
+        assert all(fairness._totals[name] == total for name, total in fairness._active.items())
+        assert sum(fairness._under_way.values()) == len(open_) == len(fairness._charges)
+    for ticket in open_:
+        fairness.finished(over(ticket, 1, 1))
+    clock.now += 100
+    fairness.standing("x", clock.now)
+    assert fairness._totals == {}
+
+
+# -- the bound -----------------------------------------------------------------------------------------------------
+
+MOST_IN, MOST_OUT, PLACES = 400, 60, 8
+BOUND = 2 * max(1 * MOST_IN, 2 * MOST_OUT * PLACES)
+"""Theorem 4.4 of the paper: 2 max(wp * longest input, wq * tokens in the batch)."""
+
+
+class Work:
+    """A request that runs: so many tokens of answer are left."""
+
+    def __init__(self, user: str, prompt: int, output: int, ticket: str) -> None:
+        self.user, self.prompt, self.output, self.ticket = user, prompt, output, ticket
+        self.left = output
+
+
+def widest_gap(choose: Callable[[Fairness, Clock, int], str], seed: int) -> float:
+    """The widest difference in service between two users who always have requests waiting, whom `choose` serves in turn."""
+    fairness, clock = made(window_seconds=86_400)
+    rng = random.Random(seed)
+    kinds = {"ann": (range(300, MOST_IN), range(1, 10)), "bob": (range(1, 20), range(40, MOST_OUT))}
+    served, running, widest = Counter[str](), list[Work](), 0.0
+    for user in kinds:
+        fairness.charge(user, 0, 0, clock.now)  # one that waits all the time
+    for step in range(3000):
+        while len(running) < PLACES:
+            user = choose(fairness, clock, step + len(running))
+            prompt, output = (rng.choice(each) for each in kinds[user])
+            ticket = fairness.charge(user, prompt, None, clock.now)
+            running.append(Work(user, prompt, output, ticket))
+            served[user] += prompt
+        for work in running:
+            work.left -= 1
+            served[work.user] += 2
+            if not work.left:
+                fairness.finished(over(work.ticket, work.prompt, work.output))
+        running = [work for work in running if work.left]
+        clock.now += 0.01
+        widest = max(widest, abs(served["ann"] - served["bob"]))
+    return widest
+
+
+def least_served(fairness: Fairness, clock: Clock, _: int) -> str:
+    return min("ann", "bob", key=lambda user: own(fairness, user, clock))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_served_by_the_counters_users_stay_within_the_bound(seed: int) -> None:
+    assert widest_gap(least_served, seed) <= BOUND
+
+
+def test_served_in_turn_they_do_not() -> None:
+    assert widest_gap(lambda _, __, turn: ("ann", "bob")[turn % 2], 1) > 10 * BOUND
+
+
+# -- routing -------------------------------------------------------------------------------------------------------
+
+
+def scored(standing: Standing | None, *in_flight: int, **rules: Any) -> list[float]:
+    candidates = [candidate(number, count) for number, count in enumerate(in_flight, 1)]
+    request = SchedulingRequest(model=MODEL, user="ann", standing=standing)
+    return list(VtcScorer(FairnessRules(**rules)).score(request, candidates))
+
+
+def stands(own: float, least: float = 0, most: float = 8000) -> Standing:
+    return Standing(own=own, least=least, most=most)
+
+
+@pytest.mark.parametrize(
+    ("standing", "in_flight", "scores"),
+    [
+        (stands(0), (0, 0, 0), [1.0, 0.75, 0.5]),
+        (stands(8000), (0, 0, 0), [0.5, 0.75, 1.0]),
+        (stands(4000), (0, 0, 0), [0.75, 1.0, 0.75]),
+        (stands(0, 0, 4000), (0, 0, 0), [1.0, 0.875, 0.75]),  # half apart
+        (stands(16000, 0, 16000), (0, 0, 0), [0.5, 0.75, 1.0]),
+        (stands(0, 0, 0), (4, 2, 0), [0.5, 0.75, 1.0]),  # alone: load alone
+        (stands(0), (4, 2, 0), [0.5, 0.5, 0.5]),
+        (stands(0), (9,), [0.5]),
+    ],
+)
+def test_who_is_fit_for_whom(standing: Standing, in_flight: tuple[int, ...], scores: list[float]) -> None:
+    assert scored(standing, *in_flight) == pytest.approx(scores)
+
+
+@pytest.mark.parametrize(
+    ("rules", "scores"),
+    [({"fairness_weight": 0}, [0.0, 1.0]), ({"fairness_weight": 3}, [0.75, 0.25]), ({}, [0.5, 0.5])],
+)
+def test_weights(rules: dict[str, float], scores: list[float]) -> None:
+    assert scored(stands(0), 5, 0, **rules) == pytest.approx(scores)
+
+
+def test_the_order_of_endpoints_is_that_of_addresses() -> None:
+    candidates = [candidate(number) for number in (3, 1, 2)]
+    request = SchedulingRequest(standing=stands(0))
+    assert VtcScorer().score(request, candidates) == [0.5, 1.0, 0.75]
+
+
+def test_without_a_user_it_says_so() -> None:
+    with pytest.raises(MissingDataError) as missing:
+        scored(None, 1)
+    assert missing.value.reason == "no-user"
+
+
+def director(
+    policy: str, loads: Callable[[str], int], count: int = 2, **rules: Any
+) -> tuple[Director, Fairness, Clock]:
+    fairness, clock = made(**rules)
+    director = Director(
+        profiles=registry.build(registry.Tuning(fairness=FairnessRules(**rules))),
+        rules=RoutingRules(policy=policy),
+        in_flight=loads,
+        states={},
+        rng=random.Random(1),
+        fairness=fairness,
+    )
+    director.update(Snapshot([endpoint(number) for number in range(1, count + 1)]))
+    return director, fairness, clock
+
+
+@pytest.mark.parametrize(
+    ("policy", "user", "charged"),
+    [
+        ("vtc-basic", "ann", True),
+        ("vtc-basic:2,least-request:1", "ann", True),
+        ("vtc-basic", None, False),
+        ("vtc-basic,least-request", None, False),
+        ("least-request", "ann", False),
+    ],
+)
+def test_what_is_charged(policy: str, user: str | None, charged: bool) -> None:
+    by, fairness, clock = director(policy, lambda _: 0)
+    request = SchedulingRequest(model=MODEL, user=user, prompt_tokens=100)
+    by.explain(request, clock.now)
+    assert fairness._charges == {}
+    decided = by.schedule(request, clock.now)
+    assert (decided.ticket is not None) is charged
+    assert len(fairness._charges) == charged
+    travelled = msgspec.json.decode(msgspec.json.encode(routing_of(decided)), type=Routing)
+    assert travelled.ticket == decided.ticket
+    if decided.ticket is not None:
+        fairness.finished(over(decided.ticket, 7, 0))
+        assert own(fairness, "ann", clock) == 7
+
+
+def test_without_a_user_least_request_decides() -> None:
+    by, _, clock = director("vtc-basic", {"10.0.0.1:8000": 3, "10.0.0.2:8000": 1}.__getitem__)
+    decided = by.schedule(SchedulingRequest(model=MODEL), clock.now)
+    assert (decided.decided_by, decided.fallback_reason) == ("least-request", "no-user")
+    assert decided.chosen.endpoint.name == "pod-2"
+
+
+def waits(policy: str) -> dict[str, float]:
+    """Mean steps to an answer of a user with one request at a time, and of one with forty, on four pods that take turns."""
+    queues: dict[str, deque[tuple[str, int, str | None]]] = {
+        f"10.0.0.{number}:8000": deque() for number in range(1, 5)
+    }
+    by, fairness, clock = director(policy, lambda address: len(queues[address]), 4)
+    took: dict[str, list[int]] = {"light": [], "heavy": []}
+    under_way = Counter[str]()
+    for step in range(2000):
+        for user, most in (("heavy", 40), ("light", 1)):
+            while under_way[user] < most:
+                request = SchedulingRequest(model=MODEL, user=user, prompt_tokens=300)
+                decided = by.schedule(request, clock.now)
+                queues[decided.chosen.endpoint.address].append((user, step, decided.ticket))
+                under_way[user] += 1
+        for queue in queues.values():
+            if queue:
+                user, begun, ticket = queue.popleft()
+                under_way[user] -= 1
+                took[user].append(step - begun + 1)
+                if ticket is not None:
+                    fairness.finished(over(ticket, 300, 300))
+        clock.now += 0.1
+    return {user: mean(steps[len(steps) // 2 :]) for user, steps in took.items()}
+
+
+def test_a_light_user_does_not_wait_behind_a_heavy_one() -> None:
+    alike, fair = waits("least-request"), waits("vtc-basic")
+    assert alike["light"] > 10
+    assert fair["light"] < alike["light"] / 2
+    assert fair["heavy"] < alike["heavy"] * 1.1
