@@ -54,7 +54,7 @@ async def here(settings: Settings, asked: Question) -> Answer:
     """
     engines = settings.engines.model_copy(update=_QUICK)
     app = App(settings.model_copy(update={"engines": engines}))
-    return explaining.answer(asked, await app.look())
+    return explaining.answer(asked, await app.look(), trust_user=settings.auth.mode == "header")
 
 
 async def there(url: str, asked: Question, token: str | None) -> Answer:

@@ -32,6 +32,7 @@ class Admin:
         registry: of the metrics.
         ready: whether new exchanges are welcome.
         director: what /debug looks at.
+        trust_user: whether the header `user` counts in what is to be explained.
         debug_token: opens /debug from anywhere; None leaves it to loopback.
         breaker: what the circuit breaker of an address does; None where there is none.
         routes: what the Gateways say of each model's HTTPRoutes; None where nobody watches them.
@@ -44,6 +45,7 @@ class Admin:
         ready: Callable[[], bool],
         director: Director,
         debug_token: str | None,
+        trust_user: bool = False,
         breaker: Callable[[str], str | None] = lambda _: None,
         routes: Callable[[], object] | None = None,
     ) -> None:
@@ -51,6 +53,7 @@ class Admin:
         self._ready = ready
         self._director = director
         self._debug_token = debug_token
+        self._trust_user = trust_user
         self._breaker = breaker
         self._routes = routes
 
@@ -120,7 +123,9 @@ class Admin:
         except explaining.QuestionError as error:
             raise web.HTTPBadRequest(text=f"not a question: {error}\n") from None
         now = time.monotonic()
-        answer = explaining.answer(question, lambda asked: self._director.explain(asked, now))
+        answer = explaining.answer(
+            question, lambda asked: self._director.explain(asked, now), trust_user=self._trust_user
+        )
         return web.Response(
             status=answer.status,
             headers=dict(answer.headers),

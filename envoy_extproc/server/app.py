@@ -151,6 +151,7 @@ class App:
             ready=lambda: self._health.ready,
             director=self._director,
             debug_token=settings.server.debug_token,
+            trust_user=settings.auth.mode == "header",
             breaker=self._breakers.describe,
             routes=None if self._routes is None else self._routes.described,
         )

@@ -93,16 +93,18 @@ def decode(text: bytes) -> Question:
     return Question(path=asked.path, headers=tuple(headers), body=body)
 
 
-def answer(question: Question, explain: Callable[[SchedulingRequest], Explanation]) -> Answer:
-    """What comes of `question`, by whoever decides."""
+def answer(
+    question: Question, explain: Callable[[SchedulingRequest], Explanation], *, trust_user: bool = False
+) -> Answer:
+    """What comes of `question`, by whoever decides; `trust_user` as in `ExchangeSettings`."""
     try:
-        explanation = explain(read(question))
+        explanation = explain(read(question, trust_user=trust_user))
     except GatewayError as error:
         return _refusal(error)
     return Answer(status=200, body=msgspec.json.encode(explanation), explanation=explanation)
 
 
-def read(question: Question) -> SchedulingRequest:
+def read(question: Question, *, trust_user: bool = False) -> SchedulingRequest:
     """What the request lets choosing know.
 
     Raises:
@@ -111,13 +113,18 @@ def read(question: Question) -> SchedulingRequest:
     headers = Headers(question.headers)
     route = routes.find(question.path) if question.body else None
     if route is None:
-        return control.scheduling_request(headers, model=None, subset=None)
+        return control.scheduling_request(headers, model=None, subset=None, trust_user=trust_user)
     if control.body_is_encoded(headers):
         encoding = headers.get("content-encoding")
         raise BadRequest(f"A request body with content-encoding {encoding!r} cannot be read.")
     inference, prompt = openai_request.read(question.body, route, headers.get("content-type") or "")
     return control.scheduling_request(
-        headers, model=inference.model, subset=None, inference=inference, prompt=prompt
+        headers,
+        model=inference.model,
+        subset=None,
+        inference=inference,
+        prompt=prompt,
+        trust_user=trust_user,
     )
 
 

@@ -278,3 +278,10 @@ def test_base64_carries_any_bytes() -> None:
     body = bytes(range(256))
     sent = msgspec.json.decode(explaining.encode(Question(body=body)))
     assert base64.b64decode(sent["body_base64"]) == body
+
+
+@pytest.mark.parametrize(("trusted", "user"), [(True, "ann"), (False, None)])
+@pytest.mark.parametrize("body", [b"", b'{"model":"m"}'])
+def test_the_user_counts_where_it_counts_for_requests(trusted: bool, user: str | None, body: bytes) -> None:
+    question = explaining.Question(headers=(("user", "ann"),), body=body)
+    assert explaining.read(question, trust_user=trusted).user == user
