@@ -33,7 +33,7 @@ discovery:
     - {name: pod-a, address: "10.0.0.1:8000", models: [llama-3-8b], engine: vllm, labels: {gpu: a10}}
 ```
 
-This page is written by `make docs` from `envoy_extproc/settings.py`.
+This page is written by `make docs` from `envoy_extproc/settings/`.
 """
 
 

@@ -6,12 +6,11 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-import msgspec
 import structlog
 from aiohttp import web
 
@@ -23,18 +22,15 @@ from envoy_extproc.discovery.parse import parse_endpoints
 from envoy_extproc.discovery.static import FileDiscovery, StaticDiscovery
 from envoy_extproc.endpoints import Endpoint, EngineState, Snapshot
 from envoy_extproc.engines.dialects import dialects
-from envoy_extproc.engines.scraper import Scraper, ScrapeSettings
-from envoy_extproc.exchange.exchange import ExchangeSettings
-from envoy_extproc.openai.prompt import BlockRule
+from envoy_extproc.engines.scraper import Scraper
 from envoy_extproc.scheduling import registry
-from envoy_extproc.scheduling.configs import ModelConfig
 from envoy_extproc.scheduling.explain import Explanation
-from envoy_extproc.scheduling.fairness import FairnessRules
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
+from envoy_extproc.server import configured
 from envoy_extproc.server.access_log import AccessLog
 from envoy_extproc.server.admin import Admin
 from envoy_extproc.server.catalogue import Catalogue
-from envoy_extproc.server.director import Director, RoutingRules
+from envoy_extproc.server.director import Director
 from envoy_extproc.server.health import Health
 from envoy_extproc.server.native_lane import NativeLane
 from envoy_extproc.server.servicer import ExternalProcessor, Parts
@@ -95,22 +91,35 @@ class App:
             native=lambda: (self._lane.ended, self._lane.reported),
             breakers=self._breakers.rows,
         )
+        self._rates = Rates()
+        self._load_reports = LoadReports()
+        self._fairness = Fairness(configured.fairness(settings), name=secrets.token_hex(4))
+        self._discovered = Snapshot()
+        self._look_around()
+        self._decide()
+        self._listen()
+        self.ext_proc_port = 0
+        self.admin_port = 0
+
+    def _look_around(self) -> None:
+        """Makes what finds endpoints, and what asks them."""
+        settings = self._settings
         self._discovery = _discovery(settings)
         self._routes = _routes(settings, lambda: self._director.snapshot.models)
         self._metrics.follow_discovery(*_discovery_rows(self._discovery, self._routes))
         self._scraper = Scraper(
             random.Random(),  # noqa: S311  phases, not secrets
-            _scrape_settings(settings),
+            configured.scraping(settings),
             dialects=dialects(settings.engines.dialects),
             busy=lambda address: self._in_flight.count(address) > 0,
             on_failure=lambda endpoint, _: self._metrics.scrape_failed(endpoint.name),
         )
-        self._rates = Rates()
-        self._load_reports = LoadReports()
-        self._fairness = Fairness(_fairness_rules(settings), name=secrets.token_hex(4))
+
+    def _decide(self) -> None:
+        """Makes what chooses among endpoints."""
         self._director = Director(
-            profiles=registry.build(_tuning(settings)),
-            rules=_rules(settings),
+            profiles=registry.build(configured.tuning(self._settings)),
+            rules=configured.rules(self._settings),
             in_flight=self._in_flight.count,
             states=self._scraper.states,
             rng=random.Random(),  # noqa: S311  breaks ties
@@ -122,11 +131,14 @@ class App:
         self._catalogue = Catalogue(
             self._scraper.states, avoided=self._breakers.avoided, created=int(time.time())
         )
-        self._discovered = Snapshot()
+
+    def _listen(self) -> None:
+        """Makes what Envoy, probes and people ask."""
+        settings = self._settings
         hook = Hooks(self._metrics, RequestLog(), self._breakers, self._fairness)
         self._processor = ExternalProcessor(
             Parts(
-                settings=_exchange_settings(settings),
+                settings=configured.exchange(settings),
                 director=self._director,
                 in_flight=self._in_flight,
                 hook=hook,
@@ -155,8 +167,6 @@ class App:
             breaker=self._breakers.describe,
             routes=None if self._routes is None else self._routes.described,
         )
-        self.ext_proc_port = 0
-        self.admin_port = 0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set, then drains.
@@ -364,64 +374,5 @@ def _grpc_options(max_body_bytes: int) -> Iterator[tuple[str, Any]]:
     yield "grpc.http2.max_ping_strikes", 0  # Envoy's keepalive pings would be answered with GOAWAY
 
 
-def _exchange_settings(settings: Settings) -> ExchangeSettings:
-    return ExchangeSettings(
-        max_body_bytes=settings.server.max_body_bytes,
-        accounting=settings.responses.accounting != "none",
-        max_event_bytes=settings.responses.max_event_bytes,
-        max_json_bytes=settings.responses.max_json_bytes,
-        clear_route_cache=settings.routing.clear_route_cache,
-        trust_user=settings.auth.mode == "header",
-        load_report=settings.responses.load_report,
-    )
-
-
 def _heard_of(state: EngineState) -> bool:
     return state.error is not None or (state.stats is not None and state.served is not None)
-
-
-def _rules(settings: Settings) -> RoutingRules:
-    policies: Mapping[str, str] = {
-        name: model.policy for name, model in settings.models.items() if model.policy is not None
-    }
-    return RoutingRules(
-        policy=settings.routing.policy,
-        model_policies=policies,
-        locked=frozenset(name for name, model in settings.models.items() if model.locked),
-        configs={
-            name: msgspec.convert(model.config.model_dump(by_alias=True, exclude_none=True), ModelConfig)
-            for name, model in settings.models.items()
-            if model.config is not None
-        },
-        allow_strategy_header=settings.routing.allow_strategy_header,
-        tries=settings.routing.tries,
-        allow_pinning=settings.routing.allow_pinning,
-        max_stats_age=settings.engines.max_stats_age_ms / 1000,
-    )
-
-
-def _tuning(settings: Settings) -> registry.Tuning:
-    prefix = settings.routing.prefix_cache
-    seed = random.SystemRandom().getrandbits(64) if prefix.seed is None else prefix.seed
-    return registry.Tuning(
-        load_bound=settings.routing.load_bound,
-        fairness=_fairness_rules(settings),
-        prefix_rule=BlockRule(tokens=prefix.block_tokens, most=prefix.max_prompt_blocks, seed=seed),
-        prefix_blocks_per_endpoint=prefix.blocks_per_endpoint,
-        prefix_blocks=prefix.max_blocks,
-    )
-
-
-def _fairness_rules(settings: Settings) -> FairnessRules:
-    return FairnessRules(**settings.routing.fairness.model_dump())
-
-
-def _scrape_settings(settings: Settings) -> ScrapeSettings:
-    engines = settings.engines
-    return ScrapeSettings(
-        interval=engines.scrape_interval_ms / 1000,
-        idle_interval=engines.idle_interval_ms / 1000,
-        models_interval=engines.models_interval_ms / 1000,
-        timeout=engines.scrape_timeout_ms / 1000,
-        max_bytes=engines.max_scrape_bytes,
-    )

@@ -13,7 +13,7 @@ from envoy_extproc import mixes
 from envoy_extproc.errors import UnknownStrategy
 from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.interfaces import Candidate, Decision, SchedulingRequest
-from envoy_extproc.server import app
+from envoy_extproc.server import configured
 from envoy_extproc.server.director import RoutingRules
 from envoy_extproc.settings import SettingsError, parse
 from tests.support.builders import MODEL, candidate
@@ -205,7 +205,7 @@ def test_what_a_configuration_says_is_what_rules() -> None:
         },
         policies=registry.POLICIES,
     )
-    assert app._rules(settings) == RoutingRules(
+    assert configured.rules(settings) == RoutingRules(
         policy=f"{KV}:2,{LEAST}",
         model_policies={"m": "random", "n": LEAST},
         locked=frozenset({"m"}),

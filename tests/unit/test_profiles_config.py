@@ -20,7 +20,7 @@ from envoy_extproc.scheduling import configs, registry
 from envoy_extproc.scheduling.configs import ConfigError, ConfigProfile, Hints, ModelConfig
 from envoy_extproc.scheduling.explain import Asked
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
-from envoy_extproc.server import app
+from envoy_extproc.server import configured
 from envoy_extproc.server.director import Director, RoutingRules
 from envoy_extproc.settings import Settings, SettingsError, parse
 from tests.support.builders import MODEL, decision, endpoint
@@ -325,9 +325,9 @@ def test_the_settings_have_the_same_shape() -> None:
         shape["profiles"]["batch"]["requestsPerSecond"],
         shape["profiles"]["long"]["routingConfig"]["combined"],
     )
-    rules = app._rules(settings(shape))
+    rules = configured.rules(settings(shape))
     assert rules.configs == {MODEL: configs.parse(json.dumps(shape))}
-    assert app._rules(settings(None)).configs == {}
+    assert configured.rules(settings(None)).configs == {}
 
 
 @pytest.mark.parametrize(

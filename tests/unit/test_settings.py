@@ -12,7 +12,7 @@ import pytest
 from envoy_extproc.engines.scraper import ScrapeSettings
 from envoy_extproc.exchange.exchange import ExchangeSettings
 from envoy_extproc.scheduling.registry import POLICIES
-from envoy_extproc.server import app
+from envoy_extproc.server import configured
 from envoy_extproc.server.director import RoutingRules
 from envoy_extproc.settings import ENV_PREFIX, Settings, SettingsError, load, parse
 
@@ -113,9 +113,9 @@ def test_values_out_of_bounds_are_refused(section: dict[str, Any]) -> None:
 
 def test_the_parts_have_the_same_defaults() -> None:
     settings = parsed(LEAST)
-    assert app._scrape_settings(settings) == ScrapeSettings()
-    assert app._rules(settings) == RoutingRules()
-    assert app._exchange_settings(settings) == ExchangeSettings()
+    assert configured.scraping(settings) == ScrapeSettings()
+    assert configured.rules(settings) == RoutingRules()
+    assert configured.exchange(settings) == ExchangeSettings()
 
 
 def test_everything_wrong_is_said_at_once() -> None:
