@@ -22,6 +22,9 @@ from envoy_extproc.settings import SettingsError, Tls
 
 log = structlog.get_logger()
 
+_LOOKS = 3
+"""How often files that are replaced while they are read are looked at. A renewal is one move; three in one reading are none."""
+
 
 class Files(msgspec.Struct, frozen=True):
     """What was read: PEM, each."""
@@ -93,11 +96,36 @@ class Certificates:
 
 
 def read(tls: Tls) -> Files:
-    """The files, which fit together.
+    """The files, which fit together. What was replaced in the middle says nothing of either version: it is read again.
 
     Raises:
         SettingsError: they do not, or one of them cannot be read; the message names its key.
     """
+    for _ in range(_LOOKS - 1):
+        before = _versions(tls)
+        try:
+            return _read(tls)
+        except SettingsError:
+            if _versions(tls) == before:
+                raise
+    return _read(tls)
+
+
+def _versions(tls: Tls) -> list[tuple[int, ...] | None]:
+    """Other ones when a file or a link on the way to it was replaced; None where there is no file."""
+    paths = (tls.cert_file, tls.key_file, tls.client_ca_file)
+    return [_version(path) for path in paths if path is not None]
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _read(tls: Tls) -> Files:
     found = _contents(tls)
     _check(tls)
     if _contents(tls) != found:
