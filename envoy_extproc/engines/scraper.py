@@ -120,7 +120,9 @@ class _Target:
         "url",
     )
 
-    def __init__(self, endpoint: Endpoint, dialect: Dialect | None, interval: float) -> None:
+    def __init__(
+        self, endpoint: Endpoint, dialect: Dialect | None, interval: float, alarm: Callable[[], Alarm]
+    ) -> None:
         self.endpoint = endpoint
         self.dialect = dialect
         host, _, port = endpoint.address.rpartition(":")
@@ -134,8 +136,8 @@ class _Target:
         self.interval = interval
         self.chosen = False
         self.due = 0.0
-        self.alarm = Alarm()
-        self.models_alarm = Alarm()
+        self.alarm = alarm()
+        self.models_alarm = alarm()
         self.tasks: list[asyncio.Task[None]] = []
 
     def is_of(self, endpoint: Endpoint) -> bool:
@@ -159,6 +161,7 @@ class Scraper:
         clock: monotonic seconds, for `EngineStats.at`; whoever asks how old it is has the same clock.
         busy: whether a request of ours is under way on an address.
         on_failure: told of each failed scrape.
+        alarm: makes what each task sleeps by; its seconds are the clock's.
     """
 
     def __init__(
@@ -171,6 +174,7 @@ class Scraper:
         clock: Callable[[], float] = time.monotonic,
         busy: Callable[[str], bool] = lambda _: False,
         on_failure: OnFailure | None = None,
+        alarm: Callable[[], Alarm] = Alarm,
     ) -> None:
         self._rng = rng
         self._settings = settings or ScrapeSettings()
@@ -179,6 +183,7 @@ class Scraper:
         self._clock = clock
         self._busy = busy
         self._on_failure = on_failure
+        self._alarm = alarm
         self._targets: dict[str, _Target] = {}
         self._states: dict[str, EngineState] = {}
         self._changed = asyncio.Event()
@@ -243,7 +248,8 @@ class Scraper:
         if known is not None and known.is_of(endpoint):
             known.endpoint = endpoint
             return known
-        target = _Target(endpoint, self._dialects.get(endpoint.engine), self._settings.interval)
+        dialect = self._dialects.get(endpoint.engine)
+        target = _Target(endpoint, dialect, self._settings.interval, self._alarm)
         if target.dialect is None:
             target.state = EngineState(error=f"no dialect for the engine {endpoint.engine!r}")
             log.warning("engine_unknown", endpoint=endpoint.name, engine=endpoint.engine)
