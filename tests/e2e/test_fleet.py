@@ -15,7 +15,7 @@ import yaml
 
 from envoy_extproc.simulation.faults import NONE, Faults
 from tests.bench.fleet import LANES, PODS, SCENARIOS, WHOLE, Fleet, Load, before_and_after, failed, fleet
-from tests.support.gateway import Gateway, chat, fast_engines
+from tests.support.gateway import Gateway, chat, fast_engines, new_id
 
 LOAD = Load()
 LAG_SECONDS = (
@@ -129,20 +129,18 @@ async def reason_after(made: Fleet, fault: str) -> str | None:
     async with asyncio.timeout(10):
         while await made.ask() != WHOLE or await state(made, "pod-a"):
             await asyncio.sleep(0.1)
-    before = len(made.gateway.log_lines())
+    before, request_id = len(made.gateway.log_lines()), new_id()
+    headers = {"x-simulate": fault, "x-request-id": request_id}
     try:
         body = chat(stream=True, max_tokens=8)
-        async with made.http.post("/v1/chat/completions", json=body, headers={"x-simulate": fault}) as answer:
+        async with made.http.post("/v1/chat/completions", json=body, headers=headers) as answer:
             await answer.read()
     except aiohttp.ClientError:
         pass
-    reasons: list[str] = []
-    for _ in range(10 if REASONS[fault] else 1):  # what is to come may come late on a busy machine
-        await asyncio.sleep(LAG_SECONDS)
-        lines = made.gateway.log_lines()[before:]
-        reasons = [str(line["reason"]) for line in lines if line["event"] == "breaker_open"]
-        if reasons:
-            break
+    await made.gateway.report(request_id, seconds=30)
+    await state(made, "pod-a")  # whoever answers this has done with the report: the breaker has heard of it
+    lines = made.gateway.log_lines()[before:]
+    reasons = [str(line["reason"]) for line in lines if line["event"] == "breaker_open"]
     assert len(reasons) < 2
     return reasons[0] if reasons else None
 
