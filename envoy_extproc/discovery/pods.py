@@ -14,6 +14,7 @@ import msgspec
 
 from envoy_extproc.discovery.parse import EndpointError, parse_endpoints
 from envoy_extproc.endpoints import Endpoint
+from envoy_extproc.scheduling.configs import LABEL as _CONFIG
 
 GENERIC = "generic"
 """The engine of a pod that names one nobody knows: requests reach it, its metrics are not read."""
@@ -161,7 +162,7 @@ def mapped(pod: Pod, *, engines: Collection[str], qualified: bool) -> Mapped:
         | ({} if metric_port is None else {"metrics_port": metric_port})
         for port, metric_port in zip(ports, metric_ports, strict=True)
     ]
-    return Mapped(_checked(items, engines), None if known else engine)
+    return Mapped(_configured(_checked(items, engines), pod), None if known else engine)
 
 
 def _ready(pod: Pod) -> bool:
@@ -240,6 +241,16 @@ def _host(pod_ip: str) -> str:
         return f"[{pod_ip}]" if ipaddress.ip_address(pod_ip).version == 6 else pod_ip
     except ValueError:
         raise PodError("address", f"{pod_ip!r} is no IP address") from None
+
+
+def _configured(endpoints: tuple[Endpoint, ...], pod: Pod) -> tuple[Endpoint, ...]:
+    """With the model's configuration among their labels, where it is looked for: as JSON it can only be an annotation."""
+    config = _listed(pod, _CONFIG)
+    if config is None:
+        return endpoints
+    return tuple(
+        [msgspec.structs.replace(each, labels={**each.labels, _CONFIG: config}) for each in endpoints]
+    )
 
 
 def _checked(items: list[dict[str, Any]], engines: Collection[str]) -> tuple[Endpoint, ...]:

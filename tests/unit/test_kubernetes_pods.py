@@ -79,6 +79,31 @@ def test_a_pod_with_several_ports_is_as_many_endpoints() -> None:
 
 
 @pytest.mark.parametrize(
+    ("label", "annotation", "config"),
+    [
+        (None, '{\n  "profiles": {}\n}\n', '{\n  "profiles": {}\n}'),  # as people write it in YAML
+        ("short", None, "short"),
+        ("short", "{}", "{}"),
+        ("short", " \n", "short"),
+        (None, " \n", None),
+        (None, None, None),
+    ],
+)
+def test_the_configuration_of_a_model_is_an_annotation(
+    label: str | None, annotation: str | None, config: str | None
+) -> None:
+    key = f"{PREFIX}config"
+    labels = {} if label is None else {key: label}
+    annotations = {} if annotation is None else {key: annotation}
+    written = pod("a", labels=labels, annotations={f"{PREFIX}port": "8000,8001", **annotations})
+    assert [each.labels.get(key) for each in mapped(written).endpoints] == [config, config]
+
+
+def test_other_annotations_are_no_labels() -> None:
+    assert set(only(pod("a", annotations={"owner": "me"})).labels) == {LABEL}
+
+
+@pytest.mark.parametrize(
     ("metric_ports", "expected"), [("9000", [9000, 9000]), ("9000,9001", [9000, 9001]), (None, [None, None])]
 )
 def test_metric_ports_of_several_ports(metric_ports: str | None, expected: list[int | None]) -> None:
