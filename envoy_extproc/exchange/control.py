@@ -5,7 +5,7 @@ from __future__ import annotations
 from envoy_extproc.headers import Headers
 from envoy_extproc.openai.prompt import Prompt
 from envoy_extproc.openai.request import InferenceRequest
-from envoy_extproc.scheduling import hashing, session
+from envoy_extproc.scheduling import configs, hashing, session
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
 
 DESTINATION = "x-gateway-destination-endpoint"
@@ -71,7 +71,7 @@ def scheduling_request(
     return SchedulingRequest(
         model=model or headers.get("x-model") or None,
         policy=headers.get("routing-strategy") or None,
-        profile=headers.get("config-profile") or None,
+        profile=_profile(headers.get("config-profile") or ""),
         pin=headers.get("target-pod-ip") or None,
         subset=subset,
         selector=headers.get("external-filter") or None,
@@ -82,6 +82,12 @@ def scheduling_request(
         session=session.address(headers.get(session.HEADER) or ""),
         session_key=hashing.key(key) if (key := headers.get("x-aibrix-session-key")) else None,
     )
+
+
+def _profile(written: str) -> str | None:
+    """The profile a client names; `auto` is a word in any case, as in AIBrix."""
+    name = written.strip()
+    return configs.AUTO if name.lower() == configs.AUTO else name or None
 
 
 def load_report_form(headers: Headers) -> str | None:

@@ -4,12 +4,14 @@
      "profiles": {name: {"routingStrategy": ..., "routingConfig": {hints}, "requestsPerSecond": ...}}}
 
 The header `config-profile` names a profile. ``auto`` stands for the one whose hints a request meets: of those the one with the
-most hints, of equals the one written first.
+most hints, of equals the narrowest, as AIBrix has it (see `Hints.narrowness`). What is null is as if it were not written.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgspec
 
@@ -36,14 +38,21 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     max_tokens_gte: int | None = None
     max_tokens_lt: int | None = None
 
-    def met_by(self, request: SchedulingRequest) -> int:
-        """How many hints `request` meets; 0 where there are none, or it does not meet all or tell what they ask."""
+    def met_by(self, request: SchedulingRequest) -> bool:
+        """Whether `request` meets them all; False where there are none, or it does not tell what they ask."""
         prompt = request.prompt_tokens or None
         met = [
             *_met(prompt, self.prompt_tokens_gte, self.prompt_tokens_lt),
             *_met(request.max_output_tokens, self.max_tokens_gte, self.max_tokens_lt),
         ]
-        return len(met) if all(met) else 0
+        return bool(met) and all(met)
+
+    @property
+    def narrowness(self) -> tuple[float, ...]:
+        """By which the narrowest is the greatest: how many there are, then each bound in turn, the prompt's lower one first."""
+        hints = (self.prompt_tokens_gte, self.prompt_tokens_lt, self.max_tokens_gte, self.max_tokens_lt)
+        bounds = (_or(hints[0], 0), -_or(hints[1], math.inf), _or(hints[2], 0), -_or(hints[3], math.inf))
+        return sum(hint is not None for hint in hints), *bounds
 
 
 class ConfigProfile(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -72,7 +81,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 _NOTHING = ModelConfig()
-_DECODER = msgspec.json.Decoder(ModelConfig)
 
 
 def parse(text: str) -> ModelConfig:
@@ -82,9 +90,11 @@ def parse(text: str) -> ModelConfig:
         ConfigError: it writes none.
     """
     try:
-        config = _DECODER.decode(text)
+        config = msgspec.convert(_written(msgspec.json.decode(text)), ModelConfig)
     except (msgspec.MsgspecError, UnicodeEncodeError) as error:
         raise ConfigError(str(error)) from None
+    except RecursionError:
+        raise ConfigError("JSON is nested too deeply") from None
     if config.default_profile and config.default_profile not in config.profiles:
         raise ConfigError(f"defaultProfile: no profile {config.default_profile[:64]!r}")
     return config
@@ -112,12 +122,24 @@ def choose(config: ModelConfig | None, request: SchedulingRequest) -> tuple[str,
 
 
 def _by_hints(config: ModelConfig, request: SchedulingRequest) -> tuple[str, ConfigProfile] | None:
-    met = [(profile.routing_config.met_by(request), name) for name, profile in config.profiles.items()]
-    best = max((number for number, _ in met), default=0)
-    if not best:
-        return None
-    name = next(name for number, name in met if number == best)
-    return name, config.profiles[name]
+    """Of equals in everything the first by name, as in AIBrix: members of a JSON object have no order."""
+    meant = [each for each in sorted(config.profiles.items()) if each[1].routing_config.met_by(request)]
+    return max(meant, key=lambda each: each[1].routing_config.narrowness, default=None)
+
+
+def _written(value: Any) -> Any:
+    """`value` without members that are null, which are as good as absent; a profile that is null has nothing in it."""
+    if not isinstance(value, dict):
+        return value
+    profiles = value.get("profiles")
+    known = {name: _written(each) for name, each in value.items() if each is not None}
+    if isinstance(profiles, dict):
+        known["profiles"] = {name: _written({} if each is None else each) for name, each in profiles.items()}
+    return known
+
+
+def _or(bound: int | None, otherwise: float) -> float:
+    return otherwise if bound is None else bound
 
 
 def _met(value: int | None, at_least: int | None, below: int | None) -> Iterator[bool]:

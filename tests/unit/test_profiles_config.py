@@ -67,6 +67,19 @@ def test_aibrix_json_is_read() -> None:
     assert configs.parse("{}") == ModelConfig()
 
 
+def test_null_is_nothing() -> None:
+    nothing = {"lockedRoutingStrategy": None, "defaultProfile": None, "profiles": None}
+    assert configs.parse(json.dumps(nothing)) == ModelConfig()
+    profile = {"routingStrategy": None, "routingConfig": None, "requestsPerSecond": None}
+    hints = {"routingConfig": {"promptTokensGte": None, "maxTokensLt": 9}}
+    read = configs.parse(json.dumps({"profiles": {"a": profile, "b": hints, "c": None}}))
+    assert read.profiles == {
+        "a": ConfigProfile(),
+        "b": ConfigProfile(routing_config=Hints(max_tokens_lt=9)),
+        "c": ConfigProfile(),
+    }
+
+
 def test_the_example_of_the_documentation_can_be_read() -> None:
     page = (Path(__file__).parents[2] / "docs" / "routing.md").read_text(encoding="utf-8")
     text = page.partition("```json\n")[2].partition("```")[0]
@@ -84,6 +97,9 @@ def test_the_example_of_the_documentation_can_be_read() -> None:
         '{"defaultProfile": "a"}',
         '{"lockedRoutingStrategy": 1}',
         "\udcff",
+        '{"profiles": {"a": 1}}',
+        '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "[" * 100_000,
     ],
 )
 def test_what_is_no_configuration(text: str) -> None:
@@ -131,12 +147,46 @@ def test_without_one_for_it(config: dict[str, Any] | None, profile: str | None, 
     assert (None if found is None else found[0]) == name
 
 
-def test_of_equal_matches_the_one_written_first_counts() -> None:
-    hints = {"routingConfig": {"promptTokensGte": 1, "maxTokensLt": 10}}
-    config = msgspec.convert({"profiles": {"b": hints, "a": hints}}, ModelConfig)
-    found = configs.choose(config, SchedulingRequest(profile="auto", prompt_tokens=1, max_output_tokens=9))
+@pytest.mark.parametrize("word", ["auto", "Auto", " AUTO "])
+def test_auto_is_a_word_in_any_case(word: str) -> None:
+    book = Playbook()
+    book.request(config_profile=word)
+    assert asked(book.body(b'{"model":"llama-3-8b"}')).profile == "auto"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "counts"),
+    [
+        ({"promptTokensGte": 10}, {"promptTokensGte": 50}, 1),
+        ({"promptTokensLt": 500}, {"promptTokensLt": 900}, 0),
+        ({"maxTokensGte": 9}, {"maxTokensGte": 5}, 0),
+        ({"maxTokensLt": 90}, {"maxTokensLt": 20}, 1),
+        (
+            {"promptTokensGte": 10},
+            {"maxTokensGte": 5},
+            0,
+        ),  # one that speaks of the prompt before one that does not
+        ({"promptTokensLt": 500}, {"promptTokensGte": 10}, 1),  # from where on before up to where
+        (
+            {"promptTokensGte": 50},
+            {"maxTokensGte": 5, "maxTokensLt": 90},
+            1,
+        ),  # the number of hints before all
+        ({"promptTokensGte": 10, "maxTokensLt": 90}, {"promptTokensGte": 10, "maxTokensLt": 20}, 1),
+        ({"promptTokensGte": 0}, {"promptTokensGte": 0}, 0),  # the name
+    ],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_several_matches_the_narrowest_counts(
+    one: dict[str, int], other: dict[str, int], counts: int, swapped: bool
+) -> None:
+    hints = [("a", one), ("b", other)]
+    profiles = {name: {"routingConfig": each} for name, each in (hints[::-1] if swapped else hints)}
+    config = msgspec.convert({"profiles": profiles}, ModelConfig)
+    request = SchedulingRequest(profile="auto", prompt_tokens=100, max_output_tokens=10)
+    found = configs.choose(config, request)
     assert found is not None
-    assert found[0] == "b"
+    assert found[0] == "ab"[counts]
 
 
 @pytest.mark.parametrize("config", [CONFIG, ModelConfig(), None])
