@@ -93,7 +93,11 @@ class App:
         )
         self._rates = Rates()
         self._load_reports = LoadReports()
-        self._fairness = Fairness(configured.fairness(settings), name=secrets.token_hex(4))
+        self._fairness = Fairness(
+            configured.fairness(settings),
+            name=secrets.token_hex(4),
+            accounting=settings.responses.accounting != "none",
+        )
         self._discovered = Snapshot()
         self._look_around()
         self._decide()
@@ -147,6 +151,7 @@ class App:
                 rates=self._rates,
                 heard=self._engine_told,
                 hold=settings.responses.hold_streams,
+                left=self._fairness.left,
             ),
             message_unknown=self._metrics.message_unknown,
         )

@@ -70,6 +70,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
         rates: how often requests go to each endpoint.
         heard: told what the engine at an address said of its load, and when.
         hold: whether a stream is held to the end of an exchange that was handed over.
+        left: told the ticket of each that is over, though its report is left to Envoy's access log.
     """
 
     settings: ExchangeSettings
@@ -81,6 +82,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     rates: Rates = msgspec.field(default_factory=Rates)
     heard: Callable[[str, orca.Parsed, float], None] = lambda _address, _parsed, _at: None
     hold: bool = True
+    left: Callable[[str], None] = lambda _ticket: None
 
 
 class Call:
@@ -93,7 +95,7 @@ class Call:
             stream open for ever.
     """
 
-    __slots__ = ("_lease", "_parts", "exchange", "returning", "writing")
+    __slots__ = ("_lease", "_parts", "_ticket", "exchange", "returning", "writing")
 
     def __init__(self, exchange: Exchange, parts: Parts) -> None:
         self.exchange = exchange
@@ -101,6 +103,7 @@ class Call:
         self.writing = False
         self._parts = parts
         self._lease: Lease | None = None
+        self._ticket: str | None = None
 
     def receive(self, event: Event) -> Continue | Respond | None:
         """Feeds the exchange and does what it asks for; returns the reply Envoy waits for, if there is one."""
@@ -143,6 +146,7 @@ class Call:
         self._lease = parts.in_flight.acquire(
             decision.chosen.endpoint, command.request.model or UNKNOWN_MODEL
         )
+        self._ticket = decision.ticket
         parts.hook.decided(decision, seconds)
         return Scheduled(at, decision, parts.rates.add(decision.chosen.endpoint.address, at))
 
@@ -156,10 +160,12 @@ class Call:
         parts.lane.end(at)
         if lease is None:
             return
-        if parts.hold:
-            lease.release()
-        else:
+        if not parts.hold:
             parts.lane.keep(command.request_id, lease, at)
+            return
+        lease.release()
+        if self._ticket is not None:
+            parts.left(self._ticket)
 
 
 class ExternalProcessor:

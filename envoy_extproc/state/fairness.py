@@ -40,6 +40,7 @@ class _Charge(msgspec.Struct):
     slot: int
     tokens: float
     at: float
+    under_way: bool = True
 
 
 class Fairness:
@@ -49,12 +50,19 @@ class Fairness:
         rules: how service is counted.
         name: sets the tickets of this server apart from others'.
         clock: monotonic seconds, the same that are handed in.
+        accounting: whether answers are read for their usage; where they are not, estimates stand.
     """
 
     def __init__(
-        self, rules: FairnessRules, *, name: str = "", clock: Callable[[], float] = time.monotonic
+        self,
+        rules: FairnessRules,
+        *,
+        name: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        accounting: bool = True,
     ) -> None:
         self._rules = rules
+        self._accounting = accounting
         self._name = name
         self._clock = clock
         self._width = rules.window_seconds / _SLOTS
@@ -95,6 +103,13 @@ class Fairness:
         self._charges[ticket] = _Charge(account, self._slots[-1][0], tokens, now)
         return ticket
 
+    def left(self, ticket: str) -> None:
+        """The request of that ticket is over; its report may come to this server or to another, or not at all."""
+        charge = self._charges.get(ticket)
+        if charge is not None and charge.under_way:
+            self._pass_time(self._clock())
+            self._leave(charge)
+
     def decided(self, decision: Decision, seconds: float) -> None:
         """See `Hook`. A decision is charged by `charge`, before it is told of."""
 
@@ -107,10 +122,16 @@ class Fairness:
         charge = self._charges.pop(ticket, None)
         if charge is None:
             return
-        used = self._weighed(report.usage.prompt_tokens, report.usage.completion_tokens)
-        self._take_back(charge)
-        self._add(charge.user, used)
-        self._leave(charge.user)
+        if charge.user in self._totals:  # else another took the place of one that was idle
+            used = self._used(report, charge)
+            self._take_back(charge)
+            self._add(charge.user, used)
+        self._leave(charge)
+
+    def _used(self, report: Report, charge: _Charge) -> float:
+        if not self._accounting and (report.status is None or report.status < 300):
+            return charge.tokens
+        return self._weighed(report.usage.prompt_tokens, report.usage.completion_tokens)
 
     def _weighed(self, prompt: float, output: float) -> float:
         return self._rules.input_weight * prompt + self._rules.output_weight * output
@@ -135,11 +156,16 @@ class Fairness:
     def _take_back(self, charge: _Charge) -> None:
         for number, slot in self._slots:
             if number == charge.slot and charge.user in slot:
-                slot[charge.user] -= charge.tokens
-                self._totals[charge.user] -= charge.tokens
+                taken = min(charge.tokens, slot[charge.user])  # who was forgotten since has less there
+                slot[charge.user] -= taken
+                self._totals[charge.user] -= taken
 
-    def _leave(self, account: str) -> None:
-        """One request of an account is over; after its last one the account is idle."""
+    def _leave(self, charge: _Charge) -> None:
+        """One request of an account is over, if it was not already; after its last one the account is idle."""
+        if not charge.under_way:
+            return
+        charge.under_way = False
+        account = charge.user
         rest = self._under_way[account] - 1
         if rest:
             self._under_way[account] = rest
@@ -159,7 +185,7 @@ class Fairness:
             len(self._charges) > _MOST_UNDER_WAY
             or next(iter(self._charges.values())).at < now - _PATIENCE_SECONDS
         ):
-            self._leave(self._charges.pop(next(iter(self._charges))).user)
+            self._leave(self._charges.pop(next(iter(self._charges))))
 
     def _expire(self, slot: dict[str, float]) -> None:
         still = {user for _, later in self._slots for user in later}

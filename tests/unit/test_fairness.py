@@ -14,14 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envoy_extproc.endpoints import Snapshot
+from envoy_extproc.exchange.events import RequestBody, RequestHeaders, StreamClosed
+from envoy_extproc.exchange.exchange import Exchange, ExchangeSettings
 from envoy_extproc.exchange.report import Report, Routing, routing_of
 from envoy_extproc.openai.answer import Usage
 from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.fairness import FairnessRules, VtcScorer
 from envoy_extproc.scheduling.interfaces import MissingDataError, SchedulingRequest, Standing
+from envoy_extproc.server.catalogue import Catalogue
 from envoy_extproc.server.director import Director, RoutingRules
+from envoy_extproc.server.native_lane import NativeLane
+from envoy_extproc.server.servicer import Call, Parts
 from envoy_extproc.state.fairness import Fairness
-from tests.support.builders import MODEL, candidate, decision, endpoint
+from envoy_extproc.state.memory import InFlight
+from envoy_extproc.telemetry import Hooks
+from tests.support.builders import MODEL, candidate, decision, endpoint, headers
 from tests.support.reports import report
 
 
@@ -116,6 +123,79 @@ def test_a_request_that_is_never_told_of_does_not_count_as_under_way_for_ever() 
     assert fairness._totals == {}
 
 
+def test_who_left_is_not_under_way_though_the_report_goes_to_another_server() -> None:
+    fairness, clock = made(window_seconds=300)
+    tickets = [fairness.charge("ann", 100, 0, clock.now) for _ in range(2)]
+    fairness.left(tickets[0])
+    fairness.left(tickets[0])  # told twice
+    fairness.left("there-1")
+    assert fairness._under_way == {"ann": 1}
+    fairness.left(tickets[1])
+    assert (fairness._under_way, fairness._active) == ({}, {})
+    assert own(fairness, "ann", clock) == 200  # the estimates stand
+    clock.now += 330
+    assert fairness.standing("bob", clock.now) == Standing(own=0, least=0, most=0)
+    assert fairness._totals == {}
+    clock.now += 3600
+    fairness.standing("bob", clock.now)
+    assert fairness._charges == {}
+
+
+@pytest.mark.parametrize("first", ["left", "finished"])
+def test_who_left_is_charged_with_what_the_report_tells(first: str) -> None:
+    fairness, clock = made()
+    ticket = fairness.charge("ann", 100, 0, clock.now)
+    for step in sorted(["left", "finished"], key=lambda step: step != first):
+        if step == "left":
+            fairness.left(ticket)
+        else:
+            fairness.finished(over(ticket, 7, 0))
+    assert own(fairness, "ann", clock) == 7
+    assert (fairness._under_way, fairness._active, fairness._charges) == ({}, {}, {})
+
+
+def test_a_late_report_does_not_bring_back_whom_a_newcomer_took_the_place_of() -> None:
+    fairness, clock = made(max_users=1)
+    ticket = fairness.charge("ann", 100, 0, clock.now)
+    fairness.left(ticket)
+    fairness.charge("bob", 1, 0, clock.now)
+    fairness.finished(over(ticket, 7, 0))
+    assert fairness._totals == {"bob": 1}
+
+
+def test_a_late_report_takes_no_more_back_than_there_is() -> None:
+    fairness, clock = made(max_users=1, window_seconds=300)
+    late = fairness.charge("ann", 1000, 0, clock.now)
+    fairness.left(late)
+    fairness.left(fairness.charge("bob", 1, 0, clock.now))
+    fairness.charge("ann", 100, 0, clock.now)  # was forgotten in between
+    fairness.finished(over(late, 50, 0))
+    clock.now += 290
+    fairness.charge("ann", 10, 0, clock.now)
+    clock.now += 20
+    assert own(fairness, "ann", clock) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"usage_source": "none", "usage": Usage()}, 100),
+        ({"usage_source": "none", "usage": Usage(), "outcome": "aborted", "status": None}, 100),
+        ({"usage_source": "none", "usage": Usage(), "outcome": "error", "status": 500}, 0),
+    ],
+)
+def test_where_answers_are_not_read_estimates_stand(changes: dict[str, Any], left: float) -> None:
+    clock = Clock()
+    fairness = Fairness(FairnessRules(), clock=clock, accounting=False)
+    ticket = fairness.charge("ann", 100, 0, clock.now)
+    fairness.finished(msgspec.structs.replace(over(ticket, 0, 0), **changes))
+    assert own(fairness, "ann", clock) == left
+    fairness, _ = made()
+    ticket = fairness.charge("ann", 100, 0, clock.now)
+    fairness.finished(msgspec.structs.replace(over(ticket, 0, 0), **changes))
+    assert own(fairness, "ann", clock) == 0  # read, and nothing was generated
+
+
 def test_who_comes_back_is_lifted_to_the_least_of_those_under_way() -> None:
     fairness, clock = made()
     fairness.charge("cid", 100, 0, clock.now)
@@ -166,7 +246,7 @@ def test_memory_is_bounded() -> None:
 @settings(max_examples=200)
 @given(
     st.lists(
-        st.tuples(st.sampled_from("abcde"), st.sampled_from(["charge", "finish", "look", "wait"])),
+        st.tuples(st.sampled_from("abcde"), st.sampled_from(["charge", "leave", "finish", "look", "wait"])),
         max_size=60,
     ),
     st.integers(0, 99),
@@ -174,21 +254,28 @@ def test_memory_is_bounded() -> None:
 def test_counters_never_lie(steps: list[tuple[str, str]], seed: int) -> None:
     """Whatever happens: no counter is negative, the least and most are of those there are, and all is forgotten in the end."""
     fairness, clock = made(window_seconds=60, max_users=3)
-    rng, open_ = random.Random(seed), list[str]()
+    rng, open_, gone = random.Random(seed), list[str](), set[str]()
     for user, step in steps:
         if step == "charge":
             open_.append(fairness.charge(user, rng.randrange(1000), rng.choice([None, 5]), clock.now))
+        elif step == "leave" and open_:
+            ticket = rng.choice(open_)
+            gone.add(ticket)
+            fairness.left(ticket)
         elif step == "finish" and open_:
-            fairness.finished(
-                over(open_.pop(rng.randrange(len(open_))), rng.randrange(999), rng.randrange(999))
-            )
+            ticket = open_.pop(rng.randrange(len(open_)))
+            gone.discard(ticket)
+            fairness.finished(over(ticket, rng.randrange(999), rng.randrange(999)))
         elif step == "wait":
             clock.now += rng.choice([0.5, 3.0, 70.0])
         standing = fairness.standing(user, clock.now)
         assert 0 <= standing.least <= standing.own <= standing.most
         assert fairness._active.keys() == fairness._under_way.keys()
         assert all(fairness._totals[name] == total for name, total in fairness._active.items())
-        assert sum(fairness._under_way.values()) == len(open_) == len(fairness._charges)
+        assert len(fairness._charges) == len(open_)
+        assert sum(fairness._under_way.values()) == len(set(open_) - gone)
+        assert len(fairness._totals) <= 4
+        assert all(tokens >= -1e-6 for _, slot in fairness._slots for tokens in slot.values())
     for ticket in open_:
         fairness.finished(over(ticket, 1, 1))
     clock.now += 100
@@ -339,6 +426,30 @@ def test_what_is_charged(policy: str, user: str | None, charged: bool) -> None:
     if decided.ticket is not None:
         fairness.finished(over(decided.ticket, 7, 0))
         assert own(fairness, "ann", clock) == 7
+
+
+@pytest.mark.parametrize(("native", "hold"), [(False, True), (True, True), (True, False)])
+def test_whose_stream_ends_is_not_under_way_any_more(native: bool, hold: bool) -> None:
+    """A stream that is not held ends with the decision: there the report, or time, tells that it is over."""
+    by, fairness, clock = director("vtc-basic", lambda _: 0)
+    parts = Parts(
+        settings=ExchangeSettings(trust_user=True),
+        director=by,
+        in_flight=InFlight(),
+        hook=Hooks(fairness),
+        lane=NativeLane("auto"),
+        catalogue=Catalogue({}),
+        hold=hold,
+        left=fairness.left,
+    )
+    call = Call(Exchange(parts.settings, by.lookup, lambda: "id", native=native), parts)
+    sent = headers(method="POST", path="/v1/chat/completions", user="ann")
+    call.receive(RequestHeaders(clock.now, sent, False, None, int(native)))
+    call.receive(RequestBody(clock.now, b'{"model":"llama-3-8b"}', True))
+    assert fairness._under_way == {"ann": 1}
+    call.receive(StreamClosed(clock.now))
+    assert fairness._under_way == ({} if hold else {"ann": 1})
+    assert len(fairness._charges) == native
 
 
 def test_without_a_user_least_request_decides() -> None:
