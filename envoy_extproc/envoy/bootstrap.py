@@ -22,7 +22,7 @@ import yaml
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.envoy.eds import CLUSTER, assignment, socket_address
 from envoy_extproc.envoy.tls import ServerTls, transport_socket
-from envoy_extproc.exchange.control import DESTINATION
+from envoy_extproc.exchange.control import DESTINATION, SIDECARS
 
 Json = dict[str, Any]
 
@@ -206,7 +206,7 @@ def _listener(options: BootstrapOptions) -> Json:
 
 
 def _hygiene() -> Json:
-    """What a client may not say, removed before anything reads it."""
+    """What a client may not say, removed before anything reads it: also where Envoy lets a request past this server."""
     mutations: list[Json] = [
         {"remove": name}
         for name in (
@@ -214,6 +214,7 @@ def _hygiene() -> Json:
             "x-gateway-destination-endpoint-subset",
             "target-pod",
             "x-gateway-model-name",
+            *SIDECARS,
         )
     ]
     return {

@@ -16,8 +16,18 @@ TARGET_POD = "target-pod"
 PREFILLER = "x-prefiller-host-port"
 """Request header: the address that a decode pod's sidecar has prefill the prompt (the endpoint picker's name)."""
 
+SIDECARS = (
+    PREFILLER,
+    "x-prefiller-url",
+    "x-encoder-hosts-ports",
+    "x-data-parallel-host-port",
+    "x-kv-cache-source-host-port",
+)
+"""A sidecar connects to whatever stands in these: they are ours to write, or nobody's."""
+
 _REMOVED = frozenset(
     {
+        *SIDECARS,
         "config-profile",
         "endpoint-load-metrics-format",
         "external-filter",
@@ -26,12 +36,6 @@ _REMOVED = frozenset(
         "x-aibrix-session-key",
         "x-gateway-destination-endpoint-subset",
         "x-gateway-model-name-rewrite",
-        # A sidecar connects to whatever stands in these: they are ours to write, or nobody's.
-        "x-data-parallel-host-port",
-        "x-encoder-hosts-ports",
-        "x-kv-cache-source-host-port",
-        PREFILLER,
-        "x-prefiller-url",
         "x-model",
         session.HEADER,
         "x-slo-tpot-ms",

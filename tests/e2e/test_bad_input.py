@@ -148,6 +148,11 @@ STEERING = {
     "x-llm-d-inference-objective": "o",
     "x-gateway-inference-fairness-id": "f",
     "x-llm-d-slo-ttft-ms": "1",
+    "x-prefiller-host-port": "169.254.169.254:80",
+    "x-prefiller-url": "http://169.254.169.254",
+    "x-encoder-hosts-ports": "169.254.169.254:80",
+    "x-data-parallel-host-port": "169.254.169.254:80",
+    "x-kv-cache-source-host-port": "169.254.169.254:80",
 }
 
 
@@ -170,16 +175,19 @@ async def test_no_client_header_picks_an_address(gateway: Gateway, http: aiohttp
     assert not (STEERING.keys() - overwritten) & seen.keys()
 
 
-@pytest.mark.parametrize("header", ["target-pod", "x-gateway-destination-endpoint"])
-async def test_no_client_header_picks_an_address_without_a_body(
-    gateway: Gateway, http: aiohttp.ClientSession, header: str
+@pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("POST", "/v1/none?x=1")])
+async def test_no_client_header_picks_an_address_on_paths_that_are_not_read(
+    gateway: Gateway, http: aiohttp.ClientSession, method: str, path: str
 ) -> None:
     request_id = new_id()
-    headers = {"x-request-id": request_id, header: "169.254.169.254:80"}
-    async with http.get("/health", headers=headers) as answer:
-        assert answer.status == 200
+    headers = {"x-request-id": request_id, **STEERING}
+    del headers["x-model"]  # which is honoured there
+    async with http.request(method, path, headers=headers, data=b"{}" if method == "POST" else None):
+        pass
     _, seen, _ = gateway.received(request_id)[0]
-    assert seen[header].split(",")[0] in {engine.address for engine in gateway.engines.values()}
+    ours = {engine.address for engine in gateway.engines.values()}
+    assert {seen[name].split(",")[0] for name in ("target-pod", "x-gateway-destination-endpoint")} <= ours
+    assert not (STEERING.keys() - {"target-pod", "x-gateway-destination-endpoint"}) & seen.keys()
 
 
 async def test_credentials_reach_the_engine_and_no_log(gateway: Gateway, http: aiohttp.ClientSession) -> None:

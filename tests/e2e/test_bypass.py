@@ -7,9 +7,15 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.support.gateway import Gateway, chat, eventually, fast_engines
+from tests.support.gateway import Gateway, chat, eventually, fast_engines, new_id
 
 CHAT = "/v1/chat/completions"
+ADDRESSES = {
+    *("target-pod", "x-gateway-destination-endpoint"),
+    *("x-prefiller-host-port", "x-prefiller-url", "x-encoder-hosts-ports"),
+    *("x-data-parallel-host-port", "x-kv-cache-source-host-port"),
+}
+"""Headers that name one."""
 
 
 def with_low_breakers(bootstrap: str) -> str:
@@ -32,10 +38,14 @@ async def test_requests_past_a_full_breaker_are_counted(directory: Path) -> None
     ):
         async with aiohttp.ClientSession(gateway.url) as http:
             held = await hold(http, 5)
-            passed = await http.post(CHAT, json=chat(max_tokens=1))
+            request_id = new_id()
+            sent = {"x-request-id": request_id, **dict.fromkeys(ADDRESSES, "169.254.169.254:80")}
+            passed = await http.post(CHAT, json=chat(max_tokens=1), headers=sent)
             assert passed.status == 200  # Envoy fails open: the client notices nothing
             assert "target-pod" not in passed.headers
             await passed.read()
+            ((_, seen, _),) = gateway.received(request_id)
+            assert not ADDRESSES & seen.keys()  # a sidecar would connect there
             async with asyncio.timeout(5):
                 while await gateway.metric("envoy_extproc_bypassed_requests_total") < 1:
                     await asyncio.sleep(0.05)
