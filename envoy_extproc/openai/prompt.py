@@ -2,9 +2,10 @@
 
 What is hashed is the prompt as a model would read it, not the JSON around it: the tools, then what the system says, then
 each turn with its role and its text. So the order of keys, white space and escapes make no difference, and neither does
-whether a text stands by itself or as the only part of a list. Images, audio and files stand in it by a digest. A list of
+whether a text stands by itself or as the only part of a list. Images, audio and files stand in it by a digest of what the
+request says of them, data or address, as long as 256 tokens: as many as Gemma 3 makes of an image, and others make more. A list of
 token ids is hashed as it is. What a client moves about from turn to turn and no model sees (``cache_control``, ids) is not
-in it.
+in it. Of turns that only the engine has (``previous_response_id``) the name is.
 
     h[0] = H(model, salt)        h[i] = H(h[i - 1], block i)
 
@@ -26,16 +27,21 @@ from envoy_extproc.openai import lenient
 TOKEN_BYTES = 4
 """Bytes of a token: of English text in the tokenizers of today's models, and of a token id here."""
 
-_TURN, _PART = b"\x1e", b"\x1f"
+_TURN, _PART, _REST = b"\xff", b"\xfe", b"\xfd"  # which are in no text, since that is UTF-8
 _WHOLE_BYTES = 1_048_576
 """Longer members are read turn by turn, and only as far as they are hashed."""
 
 _TEXTS = (None, "text", "input_text", "output_text")  # no set: a client may write anything there
+_SAID = ("tool_use", "thinking", "redacted_thinking", "reasoning_text", "summary_text", "refusal")
+"""Parts that are text as well, though not under `text` alone; all others are something to look at or to listen to."""
+
 _UNSEEN = frozenset({"annotations", "cache_control", "content", "id", "logprobs", "role", "status"})
 """Members of a message that are rendered by themselves, or that no model sees."""
 
-_FIRST = {"tools": 0, "system": 1, "instructions": 2}
+_FIRST = {"tools": 0, "system": 1, "instructions": 2, "previous_response_id": 3, "conversation": 3}
 """What comes before the turns, and in which order."""
+
+_DIGESTS = 64  # of 16 bytes each, for 256 tokens
 
 _HASH_BITS = 4
 """Taken off each hash: Python keeps an integer of 60 bits in 32 bytes, one of 64 in 48."""
@@ -122,9 +128,13 @@ def _members(members: Mapping[str, msgspec.Raw]) -> Iterator[bytes]:
         if name == "tools":
             tools = _value(raw)
             if tools:
-                yield _TURN + _canonical(tools)
-        elif name in _FIRST:
+                yield _TURN + _canonical(_unmarked(tools))
+        elif name in ("system", "instructions"):
             yield from _turn("system", {"content": _value(raw)})
+        elif name in _FIRST:
+            kept = _value(raw)
+            if kept:
+                yield _TURN + _REST + _canonical(kept)
         else:
             yield from _turns(raw, bare=name == "prompt")
 
@@ -171,8 +181,12 @@ def _turn(role: object, message: Mapping[str, Any]) -> Iterator[bytes]:
     yield _PART
     yield from _content(message.get("content"))
     rest = {name: value for name, value in message.items() if value and name not in _UNSEEN}
+    if rest.get("type") == "message":  # as they all are where that is not said
+        del rest["type"]
+    elif rest.get("type") == "item_reference":
+        rest["id"] = message.get("id")
     if rest:
-        yield _PART + _canonical(rest)
+        yield _REST + _canonical(rest)
 
 
 def _content(content: object) -> Iterator[bytes]:
@@ -184,9 +198,19 @@ def _content(content: object) -> Iterator[bytes]:
         elif part.get("type") == "tool_result":
             yield _PART
             yield from _content(part.get("content"))
+        elif part.get("type") in _SAID:
+            yield _PART + _canonical(_unmarked(part))
         else:
-            seen = {name: value for name, value in part.items() if name != "cache_control"}
-            yield _PART + xxhash.xxh3_128_digest(_canonical(seen))
+            yield _PART + xxhash.xxh3_128_digest(_canonical(_unmarked(part))) * _DIGESTS
+
+
+def _unmarked(value: object) -> object:
+    """An object, or each of a list, without what a client says to the cache."""
+    if isinstance(value, list):
+        return [_unmarked(each) for each in value]
+    if isinstance(value, dict) and "cache_control" in value:
+        return {name: each for name, each in value.items() if name != "cache_control"}
+    return value
 
 
 def _text(value: object) -> Iterator[bytes]:

@@ -78,6 +78,8 @@ class _Fields(msgspec.Struct):
     text_2: msgspec.Raw = _NO_BYTES
     tokens: msgspec.Raw = _NO_BYTES
     content: msgspec.Raw = _NO_BYTES
+    previous_response_id: msgspec.Raw = _NO_BYTES
+    conversation: msgspec.Raw = _NO_BYTES
     cache_salt: Any = None
 
 
@@ -93,7 +95,8 @@ def decode(body: bytes, route: Route, content_type: str = "") -> InferenceReques
 def read(body: bytes, route: Route, content_type: str = "") -> tuple[InferenceRequest, Prompt | None]:
     """What the body of a request to `route` asks for, and its prompt, which holds on to `body` until it is read.
 
-    A form has no prompt to tell requests by: what counts in it is a file.
+    A form has no prompt to tell requests by: what counts in it is a file. Nor has a request for which no model runs, since
+    nothing of it stays in a cache.
 
     Args:
         body: as the client sent it.
@@ -109,7 +112,7 @@ def read(body: bytes, route: Route, content_type: str = "") -> tuple[InferenceRe
     fields = _fields(body)
     asked = route.accounting is Accounting.ASKED
     options = fields.stream_options
-    members = {name: raw for name in route.prompt if (raw := getattr(fields, name)) is not _NO_BYTES}
+    members = _members(fields, route.prompt)
     inference = InferenceRequest(
         model=_model(fields.model, route),
         stream=fields.stream is True and route.streams,
@@ -118,7 +121,13 @@ def read(body: bytes, route: Route, content_type: str = "") -> tuple[InferenceRe
         prompt_tokens_estimate=sum([estimate_tokens(bytes(raw)) for raw in members.values()]),
         max_output_tokens=_limit(fields),
     )
-    return inference, Prompt(members, fields.cache_salt) if members else None
+    if not members or route.accounting is Accounting.NOTHING:
+        return inference, None
+    return inference, Prompt(members | _members(fields, route.kept), fields.cache_salt)
+
+
+def _members(fields: _Fields, names: tuple[str, ...]) -> dict[str, msgspec.Raw]:
+    return {name: raw for name in names if (raw := getattr(fields, name)) is not _NO_BYTES}
 
 
 def _model(model: object, route: Route) -> str | None:

@@ -39,6 +39,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
         path: as in the API's reference, without a prefix.
         operation: OpenTelemetry's ``gen_ai.operation.name``; its well-known values where there is one.
         prompt: the members of the request body that carry the prompt.
+        kept: those that name turns which the engine alone has.
         body: how the request is read.
         accounting: where usage comes from.
         needs_model: whether a request without ``model`` is refused; engines that serve one model do without it where the
@@ -52,6 +53,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     operation: str
     prompt: tuple[str, ...]
+    kept: tuple[str, ...] = ()
     body: Body = Body.JSON
     accounting: Accounting = Accounting.ITSELF
     needs_model: bool = True
@@ -88,6 +90,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/responses",
         operation="chat",
         prompt=("instructions", "input", "tools"),
+        kept=("previous_response_id", "conversation"),
         streams=True,
         engines=(VLLM, SGLANG, TRTLLM, LLAMACPP),
     ),

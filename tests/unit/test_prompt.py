@@ -90,6 +90,14 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
             },
         ),
         ({"messages": [user(LONG)], "tools": []}, {"messages": [user(LONG)], "tools": None}),
+        (
+            {"messages": [user(LONG)], "tools": [TOOL]},
+            {"messages": [user(LONG)], "tools": [TOOL | {"cache_control": {"type": "ephemeral"}}]},
+        ),
+        (
+            {"messages": [user(LONG)]},
+            {"messages": [user([{"type": "text", "text": LONG, "annotations": []}], id="msg_1")]},
+        ),
     ],
 )
 def test_prompts_that_are_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -115,6 +123,39 @@ def test_prompts_that_are_alike(one: dict[str, Any], other: dict[str, Any]) -> N
             [user([{"type": "tool_result", "content": LONG}])],
             [user([{"type": "tool_result", "content": "?" + LONG}])],
         ),
+        ([user(LONG), user("b")], [user("b"), user(LONG)]),
+        ([user(LONG, name="ann")], [user(LONG, name="bob")]),
+        ([{"role": "system", "content": LONG}], [{"role": "developer", "content": LONG}]),
+        (
+            [user([{"type": "file", "file": {"file_id": "file-1"}}, LONG])],
+            [user([{"type": "file", "file": {"file_id": "file-2"}}, LONG])],
+        ),
+        (
+            [user([{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}])],
+            [user([{"type": "input_audio", "input_audio": {"data": "AAAB", "format": "wav"}}])],
+        ),
+        (
+            [{"role": "assistant", "audio": {"id": "audio_1"}}, user(LONG)],
+            [{"role": "assistant", "audio": {"id": "audio_2"}}, user(LONG)],
+        ),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "1", "name": "look", "input": {"for": LONG}}],
+                }
+            ],
+            [
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "tool_use", "id": "1", "name": "look", "input": {"for": LONG[::-1]}}
+                    ],
+                }
+            ],
+        ),
+        # what a client writes is no mark of ours
+        ([user("a"), {"role": "assistant", "content": LONG}], [user(f"a\x1eassistant\x1f{LONG}")]),
     ],
 )
 def test_prompts_that_are_not_alike(one: list[Any], other: list[Any]) -> None:
@@ -124,9 +165,79 @@ def test_prompts_that_are_not_alike(one: list[Any], other: list[Any]) -> None:
     assert mine != yours
 
 
-def test_an_image_is_as_short_as_its_digest() -> None:
-    (short, long) = (text_of(messages=[user([image("x" * size)])]) for size in (10, 1_000_000))
-    assert len(short) == len(long) < 50
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_an_image_counts_as_many_tokens_as_it_is_worth(size: int) -> None:
+    asked = hashes({"messages": [user([image("x" * size), {"type": "text", "text": "What is it?"}])]})
+    assert len(asked) == (1024 + len("-user--What is it?")) // 16  # 256 tokens, and the text around
+    other = hashes({"messages": [user([image("y" * size), {"type": "text", "text": "What is it?"}])]})
+    assert alike(asked, other) == 0
+
+
+def test_what_an_assistant_said_with_a_tool_is_as_long_as_it_is() -> None:
+    def turns(text: str) -> list[Any]:
+        part = {"type": "tool_use", "id": "1", "name": "write", "input": {"text": text}}
+        return [{"role": "assistant", "content": [part]}]
+
+    one, other = hashes({"messages": turns(LONG * 9)}), hashes({"messages": turns(LONG * 9 + "x")})
+    assert len(one) > len(LONG * 9) // 16
+    assert alike(one, other) >= len(LONG * 9) // 16
+
+
+KEPT = "previous_response_id"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "begin"),
+    [
+        ({KEPT: "resp_1"}, {KEPT: "resp_2"}, True),
+        ({KEPT: "resp_1"}, {}, True),
+        ({"conversation": "conv_1"}, {"conversation": {"id": "conv_2"}}, True),
+        ({KEPT: "resp_1", "instructions": "x" + LONG}, {KEPT: "resp_1"}, False),
+    ],
+)
+def test_what_an_engine_keeps_of_a_conversation_is_part_of_it(
+    one: dict[str, Any], other: dict[str, Any], begin: bool
+) -> None:
+    said = {"instructions": LONG * 2, "input": "go on " * 20}
+    mine, yours = (hashes(said | each, "/v1/responses") for each in (one, other))
+    assert mine[-1] != yours[-1]
+    assert (alike(mine, yours) > 0) is begin
+    again = hashes(said | one, "/v1/responses")
+    assert again == mine
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"type": "message", "role": "user", "content": LONG}, {"role": "user", "content": LONG}, True),
+        ({"type": "item_reference", "id": "msg_1"}, {"type": "item_reference", "id": "msg_2"}, False),
+        (
+            {"type": "function_call", "id": "fc_1", "call_id": "1", "name": "look", "arguments": "{}"},
+            {"type": "function_call", "id": "fc_2", "call_id": "1", "name": "look", "arguments": "{}"},
+            True,
+        ),
+        (
+            {"type": "function_call_output", "call_id": "1", "output": LONG},
+            {"type": "function_call_output", "call_id": "1", "output": LONG[::-1]},
+            False,
+        ),
+    ],
+)
+def test_items_of_the_responses_api(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+    mine, yours = (hashes({"input": [each, user(LONG)]}, "/v1/responses") for each in (one, other))
+    assert (mine == yours != ()) is same
+
+
+@pytest.mark.parametrize(
+    ("path", "members"),
+    [
+        ("/tokenize", {"prompt": LONG}),
+        ("/v1/messages/count_tokens", {"messages": [user(LONG)]}),
+        ("/detokenize", {"tokens": list(range(100))}),
+    ],
+)
+def test_what_is_only_counted_leaves_nothing_in_a_cache(path: str, members: dict[str, Any]) -> None:
+    assert hashes(members, path) == ()
 
 
 @pytest.mark.parametrize(
@@ -164,9 +275,9 @@ def test_every_api_says_it_in_its_own_words(path: str, members: dict[str, Any], 
     [
         ("abc", b"abc"),
         (["abc"], b"abc"),
-        (["abc", "d"], b"abc\x1ed"),
+        (["abc", "d"], b"abc\xffd"),
         ([1, 258], b"\x01\0\0\0\x02\x01\0\0"),
-        ([[1], [2]], b"\x01\0\0\0\x1e\x02\0\0\0"),
+        ([[1], [2]], b"\x01\0\0\0\xff\x02\0\0\0"),
         ([], b""),
         (None, b""),
         (7, b"7"),
@@ -180,7 +291,7 @@ def test_completions(prompt: Any, rendered: bytes) -> None:
 
 def test_what_comes_first() -> None:
     rendered = text_of(messages=[user("u")], system="s", tools=["t"])
-    assert rendered == b'\x1e["t"]\x1esystem\x1fs\x1euser\x1fu'
+    assert rendered == b'\xff["t"]\xffsystem\xfes\xffuser\xfeu'
 
 
 @pytest.mark.parametrize("change", ["model", "salt", "seed"])
@@ -259,6 +370,24 @@ TURNS = st.lists(
     ),
     max_size=8,
 )
+
+
+WRITTEN = st.text(
+    st.sampled_from("a\0\x1d\x1e\x1f\x7f\xfd\xfe\xff") | st.characters(exclude_categories=["Cs"])
+)
+
+
+@given(st.lists(st.tuples(WRITTEN, WRITTEN), max_size=4))
+def test_nothing_that_is_written_is_taken_for_a_mark(said: list[tuple[str, str]]) -> None:
+    """Each turn begins with a byte, and so does its text, that no text has; so conversations that differ look unlike."""
+    rendered = text_of(messages=[{"role": role, "content": text} for role, text in said])
+    turns = [tuple(turn.split(b"\xfe")) for turn in rendered.split(b"\xff")[1:]]
+    assert turns == [(role.encode(), text.encode()) for role, text in said]
+
+
+@given(st.lists(WRITTEN, min_size=1, max_size=4))
+def test_texts_that_are_completed_together_are_kept_apart(texts: list[str]) -> None:
+    assert text_of(prompt=texts).split(b"\xff") == [text.encode() for text in texts]
 
 
 @given(TURNS, st.integers(0, 8))
