@@ -43,6 +43,9 @@ _FIRST = {"tools": 0, "system": 1, "instructions": 2, "previous_response_id": 3,
 
 _DIGESTS = 64  # of 16 bytes each, for 256 tokens
 
+_HEAD_BLOCKS = 4
+"""256 tokens, by which conversations differ; their later turns have the same."""
+
 _HASH_BITS = 4
 """Taken off each hash: Python keeps an integer of 60 bits in 32 bytes, one of 64 in 48."""
 
@@ -72,12 +75,13 @@ class Prompt:
         salt: the request's ``cache_salt``: prompts under unlike salts have nothing in common.
     """
 
-    __slots__ = ("_hashes", "_members", "_salt")
+    __slots__ = ("_hashes", "_head", "_members", "_salt")
 
     def __init__(self, members: Mapping[str, msgspec.Raw], salt: object = None) -> None:
         self._members: Mapping[str, msgspec.Raw] | None = members
         self._salt = salt
         self._hashes: Sequence[int] = ()
+        self._head = b""
 
     def hashes(self, rule: BlockRule, model: str | None) -> Sequence[int]:
         """The hash of each whole block, the same sequence for every call: the first one's rule and model count.
@@ -87,12 +91,23 @@ class Prompt:
         members, self._members = self._members, None
         if members is not None:
             start = f"{model or ''}\0{self._salt or ''}".encode("utf-8", "surrogatepass")
-            self._hashes = chain(render(members, rule.most * rule.tokens * TOKEN_BYTES), rule, start)
+            rendered = render(members, rule.most * rule.tokens * TOKEN_BYTES)
+            self._hashes = chain(rendered, rule, start)
+            whole = min(len(self._hashes), _HEAD_BLOCKS) * rule.tokens * TOKEN_BYTES
+            self._head = start + rendered[:whole] if whole else b""
         return self._hashes
+
+    def head(self, rule: BlockRule, model: str | None) -> bytes:
+        """What the prompt begins with, up to four whole blocks, and the model and salt; empty where it has no block.
+
+        No seed is in it, so servers agree on what is made of it.
+        """
+        self.hashes(rule, model)
+        return self._head
 
     @property
     def was_read(self) -> bool:
-        """Whether anybody asked for its hashes, so that it holds no text any more."""
+        """Whether anybody asked for its hashes, so that it holds no text any more but its head."""
         return self._members is None
 
 

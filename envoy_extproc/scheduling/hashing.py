@@ -18,9 +18,6 @@ from envoy_extproc.scheduling.interfaces import Candidate, MissingDataError, Sch
 _MAX_KEY = 256
 """Bytes of a key that are hashed as they are, as in AIBrix; of a longer one its digest is the key."""
 
-_KEY_BLOCKS = 4
-"""Of a prompt that are its key: 256 tokens, by which conversations differ; their later turns have the same."""
-
 _BYTES = 8
 _RANGE = float(1 << 8 * _BYTES)
 
@@ -116,5 +113,5 @@ def _key(request: SchedulingRequest, rule: BlockRule) -> bytes | None:
         return request.session_key
     if request.user is not None:
         return key(request.user)
-    blocks = () if request.prompt is None else request.prompt.hashes(rule, request.model)
-    return blocks[:_KEY_BLOCKS][-1].to_bytes(8) if blocks else None
+    head = b"" if request.prompt is None else request.prompt.head(rule, request.model)
+    return hashlib.blake2b(head).digest() if head else None

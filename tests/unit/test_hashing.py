@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from envoy_extproc import mixes
 from envoy_extproc.endpoints import EngineStats
-from envoy_extproc.openai.prompt import Prompt
+from envoy_extproc.openai.prompt import BlockRule, Prompt
 from envoy_extproc.scheduling import hashing, registry
 from envoy_extproc.scheduling.aliases import (
     KvCacheUtilizationScorer,
@@ -128,6 +128,25 @@ def test_a_prompt_is_a_key_by_its_beginning() -> None:
     )
     short = decided("bounded-load", idle, prompt=prompt("hi"))
     assert short.fallback_reason == "no-key"
+
+
+def test_a_prompt_has_the_same_home_on_every_server() -> None:
+    """Whatever the seed of their indexes is, which is another one in every process."""
+    idle = [candidate(number) for number in range(60)]
+
+    def home(seed: int, text: str, model: str = MODEL, before: str | None = None) -> str:
+        policies = registry.build(registry.Tuning(prefix_rule=BlockRule(seed=seed)))
+        asked = SchedulingRequest(model=model, prompt=prompt(text))
+        if before is not None:
+            policies[before].run(asked, idle, random.Random(1))  # has read it already
+        return policies["bounded-load"].run(asked, idle, random.Random(1)).chosen.endpoint.name
+
+    texts = [letter * 600 for letter in "abc"]
+    homes = [home(1, text) for text in texts]
+    assert len(set(homes)) > 1
+    assert [home(2, text) for text in texts] == homes
+    assert [home(3, text, before="prefix-cache") for text in texts] == homes
+    assert [home(1, text, "another") for text in texts] != homes
 
 
 def test_without_a_key_chance_decides_among_those_with_room() -> None:
