@@ -54,6 +54,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         loras: adapters with requests in the running batch.
         waiting_loras: adapters with requests in the queue.
         max_loras: how many adapters can be in one batch.
+        kv_cache_tokens: tokens that its KV cache has room for.
+        prefix_cache_hits: prompt tokens that it found in its cache since it began.
+        started: when its process began, in seconds since 1970.
+        life: how often it was seen to begin anew, by any of its figures: with another number it is empty and knows nothing.
     """
 
     at: float
@@ -76,6 +80,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     loras: frozenset[str] | None = None
     waiting_loras: frozenset[str] | None = None
     max_loras: int | None = None
+    kv_cache_tokens: float | None = None
+    prefix_cache_hits: float | None = None
+    started: float | None = None
+    life: int = 0
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):

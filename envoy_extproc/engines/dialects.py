@@ -57,13 +57,45 @@ class Dialect:
 
     @cached_property
     def infos(self) -> frozenset[str]:
-        """The references whose labels are wanted."""
+        """The references of which the newest set's labels are wanted."""
         return frozenset(reference for each in self.sources.values() for reference in each.infos)
+
+    @cached_property
+    def tables(self) -> frozenset[str]:
+        """The references of which every set's labels are wanted."""
+        return frozenset(reference for each in self.sources.values() for reference in each.tables)
+
+    @cached_property
+    def described(self) -> frozenset[str]:
+        """The names of the metrics whose labels are wanted."""
+        return frozenset(selection(reference)[0] for reference in self.infos | self.tables)
+
+    @cached_property
+    def anybodys(self) -> frozenset[str]:
+        """Metrics that pages of other programs have, too: when a process began says nothing of an engine."""
+        own = [each for field, each in self.sources.items() if field != "started"]
+        known = {selection(reference)[0] for each in own for reference in each.references}
+        return frozenset(self.selections) - known
 
     @cached_property
     def samples(self) -> SampleReader:
         """Reads the metrics of this dialect."""
         return SampleReader(self.selections)
+
+    @cached_property
+    def seldom(self) -> frozenset[str]:
+        """The fields that need not be read from every page.
+
+        An engine's room stays as it is, and vLLM tells it in by far the longest line it has.
+        """
+        source = self.sources.get("kv_cache_tokens")
+        return frozenset() if source is None or not source.tables else frozenset({"kv_cache_tokens"})
+
+    @cached_property
+    def changing(self) -> SampleReader:
+        """Reads the metrics of all other fields."""
+        often = [each for field, each in self.sources.items() if field not in self.seldom]
+        return SampleReader(selection(reference)[0] for each in often for reference in each.references)
 
 
 def _dialect(
@@ -78,8 +110,11 @@ def _dialect(
 
 
 # The V1 engine's names as recorded from vLLM 0.32; behind them those of older versions, the V0 engine's as in
-# vllm/engine/metrics.py of 2024 (commit 00c33e81). inter_token_latency counts every token, so it moves while answers
-# are under way; request_time_per_output_token counts when a request ends.
+# vllm/engine/metrics.py of 2024 (commit 00c33e81). A model with more than one kind of attention shares blocks among them,
+# so its cache has room for fewer tokens than blocks * block_size; the label that says how many came in 2026. Python's client
+# library tells process_start_time_seconds by itself, but not where several processes share a page, as SGLang's and
+# TensorRT-LLM's always do. inter_token_latency counts every token, so it moves while answers are under way;
+# request_time_per_output_token counts when a request ends.
 _VLLM = _dialect(
     {
         "running": "vllm:num_requests_running",
@@ -107,6 +142,16 @@ _VLLM = _dialect(
         "loras": "vllm:lora_requests_info[running_lora_adapters]",
         "waiting_loras": "vllm:lora_requests_info[waiting_lora_adapters]",
         "max_loras": "vllm:lora_requests_info[max_lora]",
+        "kv_cache_tokens": (
+            "vllm:cache_config_info[kv_cache_size_tokens]",
+            "vllm:cache_config_info[num_gpu_blocks] * vllm:cache_config_info[block_size]",
+        ),
+        "prefix_cache_hits": (
+            "vllm:prompt_tokens_cached_total",
+            "vllm:prefix_cache_hits_total",
+            "vllm:gpu_prefix_cache_hits_total",
+        ),
+        "started": "process_start_time_seconds",
     },
 )
 
@@ -139,6 +184,11 @@ _SGLANG = _dialect(
             "sglang:generation_tokens_total / sglang:num_requests_total",
         ),
         "max_loras": "sglang:lora_pool_slots_total",
+        "kv_cache_tokens": (
+            'sglang:max_total_num_tokens{priority=""}',
+            "sglang:cache_config_info[num_pages] * sglang:cache_config_info[page_size]",
+        ),
+        "prefix_cache_hits": "sglang:cached_tokens_total",
     },
 )
 
@@ -160,6 +210,8 @@ _TRTLLM = _dialect(
         "time_per_output_token": "trtllm_time_per_output_token_seconds",
         "prompt_tokens_per_request": "trtllm_prompt_tokens_total / trtllm_request_success_total",
         "generation_tokens_per_request": "trtllm_generation_tokens_total / trtllm_request_success_total",
+        "kv_cache_tokens": "trtllm_kv_cache_max_blocks * trtllm_kv_cache_tokens_per_block",
+        "prefix_cache_hits": "trtllm_kv_cache_reused_blocks_total * trtllm_kv_cache_tokens_per_block",
     },
     path="/prometheus/metrics",
 )
@@ -204,6 +256,10 @@ _TRITON_TRTLLM = replace(
                     "running": 'nv_trt_llm_request_metrics{request_type="scheduled"}',
                     "waiting": 'nv_trt_llm_request_metrics{request_type="waiting"}',
                     "kv_cache_usage": 'nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="fraction"}',
+                    "kv_cache_tokens": (
+                        'nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max"}'
+                        ' * nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="tokens_per"}'
+                    ),
                     "prompt_tokens_per_request": "nv_llm_input_token_len",
                     "generation_tokens_per_request": "nv_llm_output_token_len",
                 },

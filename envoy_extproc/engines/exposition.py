@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby, takewhile
 from operator import itemgetter
+from types import MappingProxyType
 
 import msgspec
 
@@ -28,6 +30,7 @@ _VALUE = rb"[ \t]*+(?<=[ \t}])([-+.0-9A-Za-z]++)"
 _REST = rb"(?:[ \t]++[-+.0-9eE]++)?+(?:[ \t]++#[^\r\n]*+)?+[ \t]*+(?=\r?\n)"
 
 _pairs = re.compile(rb'([a-zA-Z0-9_]++)[ \t]*+=[ \t]*+"((?:[^"\\]|\\.)*+)"')
+_LONGEST_REMEMBERED = 4096  # bytes of labels: twice vLLM's description of its cache
 _escape = re.compile(r'\\([\\n"])')
 
 
@@ -47,8 +50,7 @@ class Sample(msgspec.Struct, frozen=True):
     @property
     def labels(self) -> Mapping[str, str]:
         """The labels with escapes undone; read only when asked for, since most of what is wanted needs none."""
-        pairs = _pairs.findall(self.text)
-        return {name.decode(): _unescape(value.decode(errors="replace")) for name, value in pairs}
+        return _remembered(self.text) if len(self.text) <= _LONGEST_REMEMBERED else _labels(self.text)
 
 
 class SampleReader:
@@ -91,6 +93,18 @@ def _sample(name: bytes, labels: bytes, value: bytes) -> Sample | None:
     except ValueError:
         return None
     return Sample(name.decode(), labels, number)
+
+
+def _labels(text: bytes) -> Mapping[str, str]:
+    pairs = _pairs.findall(text)
+    return MappingProxyType(
+        {name.decode(): _unescape(value.decode(errors="replace")) for name, value in pairs}
+    )
+
+
+_remembered = lru_cache(maxsize=512)(
+    _labels
+)  # the same on every page of an engine, and alike on those of a fleet
 
 
 def _unescape(value: str) -> str:

@@ -1,7 +1,8 @@
 r"""Reads the notation in which dialects, ours and an operator's, say where a field stands on the page.
 
-    formula  := sum [ '/' metric ] [ '/' number ] [ 'if' metric ]
-    sum      := metric | metric '[' label ']' | 'gauge(' metric ')'
+    formula  := sum [ '*' factor ] [ '/' metric ] [ '/' number ] [ 'if' metric ]
+    sum      := factor | 'gauge(' metric ')'
+    factor   := metric | metric '[' label ']'
     metric   := name | name '{' label '=' '"' value '"' ',' ... '}'
 
 What a metric means follows from the field it is for:
@@ -13,6 +14,9 @@ What a metric means follows from the field it is for:
                                      'a / 1000': its unit is milliseconds; 'gauge(a)': the engine works the mean out
     adapters (loras, waiting_loras)  'a[label]': names in a label, newest set first
     max_loras                        a gauge, or 'a[label]'
+    tokens (kv_cache_tokens, ...)    a gauge or counter, or 'a[label]'; 'a * b': blocks, and the tokens of a block;
+                                     'a[label] * a[other]': the same in labels, set by set
+    started                          a gauge: seconds since 1970
 
 Several formulas are tried in turn: the first whose metrics are all on the page is the one.
 """
@@ -24,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from envoy_extproc.endpoints import EngineStats
 from envoy_extproc.engines.sources import (
+    Factor,
     First,
     Gauge,
     Given,
@@ -31,25 +36,28 @@ from envoy_extproc.engines.sources import (
     Limit,
     Mean,
     Names,
+    Product,
     Rate,
     Ratio,
     Source,
     Total,
 )
 
-FIELDS = tuple(field for field in EngineStats.__struct_fields__ if field != "at")
+FIELDS = tuple(field for field in EngineStats.__struct_fields__ if field not in {"at", "life"})
 """What an engine can tell, in the order of `EngineStats`."""
 
 COUNTS = frozenset({"running", "waiting"})
 SHARES = frozenset({"kv_cache_usage", "prefix_cache_hit_rate", "mem_utilization", "utilization"})
 RATES = frozenset(field for field in FIELDS if field.endswith("_per_second"))
 ADAPTERS = frozenset({"loras", "waiting_loras"})
+TOKENS = frozenset({"kv_cache_tokens", "prefix_cache_hits"})
 
 _NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
 _PAIR = rf'{_NAME}\s*=\s*(?:"(?:[^"\\\n]|\\.)*"|[^\s",{{}}]+)'
 _METRIC = rf"[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{{\s*(?:{_PAIR}\s*(?:,\s*{_PAIR}\s*)*)?\}})?"
 _formula = re.compile(
     rf"(?:gauge\(\s*(?P<gauge>{_METRIC})\s*\)|(?P<metric>{_METRIC})(?:\[(?P<label>{_NAME})\])?)"
+    rf"(?:\s*\*\s*(?P<times>{_METRIC})(?:\[(?P<times_label>{_NAME})\])?)?"
     rf"(?:\s*/\s*(?P<whole>{_METRIC}))?(?:\s*/\s*(?P<per>[0-9.]+(?:[eE][-+]?[0-9]+)?))?"
     rf"(?:\s+if\s+(?P<given>{_METRIC}))?"
 )
@@ -99,15 +107,9 @@ def _source(field: str, text: str) -> Source:
 
 
 def _maker(field: str) -> Callable[[_Parts], Source | None]:
-    if field in COUNTS:
-        return _count
-    if field in SHARES:
-        return _share
     if field in RATES:
         return _rate
-    if field in ADAPTERS:
-        return _names
-    return _limit if field == "max_loras" else _mean
+    return _MAKERS.get(field, _mean)
 
 
 def _count(parts: _Parts) -> Source | None:
@@ -154,6 +156,25 @@ def _limit(parts: _Parts) -> Source | None:
     return None if metric is None else Limit(metric, parts["label"])
 
 
+def _tokens(parts: _Parts) -> Source | None:
+    metric = _only(parts, "metric", "label", "times", "times_label")
+    if metric is None:
+        return None
+    first = Factor(metric, parts["label"])
+    if parts["times"] is None:
+        return Product((first,))
+    second = Factor(parts["times"], parts["times_label"])
+    both_in_labels = bool(first.label and second.label)
+    if both_in_labels != bool(first.label or second.label) or (both_in_labels and second.metric != metric):
+        return None  # the sets of one metric have nothing to do with those of another
+    return Product((first, second))
+
+
+def _moment(parts: _Parts) -> Source | None:
+    metric = _only(parts, "metric")
+    return None if metric is None else Mean(metric)
+
+
 def _only(parts: _Parts, wanted: str, *allowed: str) -> str | None:
     """The part `wanted`; None if the formula has parts that are neither it nor `allowed`."""
     fitting = {wanted, *allowed, "given"}
@@ -168,3 +189,13 @@ def _per(parts: _Parts) -> float:
     if per <= 0:
         raise FormulaError(f"{parts['per']!r} is no number to divide by")
     return per
+
+
+_MAKERS: Mapping[str, Callable[[_Parts], Source | None]] = {
+    **dict.fromkeys(COUNTS, _count),
+    **dict.fromkeys(SHARES, _share),
+    **dict.fromkeys(ADAPTERS, _names),
+    **dict.fromkeys(TOKENS, _tokens),
+    "max_loras": _limit,
+    "started": _moment,
+}

@@ -10,7 +10,8 @@ requests by reason. What the endpoint does as a whole is their sum for counts an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
@@ -28,7 +29,8 @@ class Page(msgspec.Struct, frozen=True):
     Attributes:
         totals: the sum over the sets of labels, by reference.
         sets: how many sets of labels that was, by reference.
-        newest: the labels of the set with the highest value, for the references whose labels are wanted.
+        newest: the labels of the set with the highest value, for the references of which these are wanted.
+        rows: the labels of every set, for the references of which these are wanted.
         rates: growth per second since the previous page, by counter; empty where that cannot be said.
         before: the counters some seconds ago; None where the engine had not been read then, or was another one.
     """
@@ -36,6 +38,7 @@ class Page(msgspec.Struct, frozen=True):
     totals: Mapping[str, float]
     sets: Mapping[str, int] = msgspec.field(default_factory=dict)
     newest: Mapping[str, Mapping[str, str]] = msgspec.field(default_factory=dict)
+    rows: Mapping[str, Sequence[Mapping[str, str]]] = msgspec.field(default_factory=dict)
     rates: Mapping[str, float] = _NOTHING
     before: Mapping[str, float] | None = None
 
@@ -55,7 +58,12 @@ class Source(msgspec.Struct, frozen=True):
 
     @property
     def infos(self) -> tuple[str, ...]:
-        """Those of them whose labels it reads."""
+        """Those of them of which it reads the newest set's labels."""
+        return ()
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Those of them of which it reads every set's labels."""
         return ()
 
     def value(self, page: Page, last: Value | None) -> Value | None:
@@ -241,11 +249,63 @@ class Limit(Source, frozen=True):
         if self.label is None:
             total = page.totals.get(self.metric)
             return None if total is None else int(total / page.sets[self.metric])
-        text = page.newest.get(self.metric, {}).get(self.label, "")
-        return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else None
+        return _number(page.newest.get(self.metric, {}).get(self.label, ""))
 
     def __str__(self) -> str:
         return self.metric if self.label is None else f"{self.metric}[{self.label}]"
+
+
+class Factor(msgspec.Struct, frozen=True):
+    """A metric, or a label of it that holds a whole number."""
+
+    metric: str
+    label: str | None = None
+
+    def __str__(self) -> str:
+        return self.metric if self.label is None else f"{self.metric}[{self.label}]"
+
+
+class Product(Source, frozen=True):
+    """A number of tokens: what one metric tells, or the product of two: blocks, and the tokens of a block.
+
+    With labels the sets are multiplied each by itself and added up: with data parallelism each engine has a cache of its
+    own. Without, the first is added up and the second is the mean of its sets.
+    """
+
+    factors: tuple[Factor, ...]
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Those of the factors."""
+        return tuple(dict.fromkeys(factor.metric for factor in self.factors))
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Likewise, where labels are read."""
+        return () if self.factors[0].label is None else self.references
+
+    def value(self, page: Page, last: Value | None) -> float | None:
+        """The number, None where there is none."""
+        if self.factors[0].label is not None:
+            return self._of_labels(page)
+        if not all(metric in page.totals for metric in self.references):
+            return None
+        total, *others = self.factors
+        means = [page.totals[each.metric] / page.sets[each.metric] for each in others]
+        return page.totals[total.metric] * math.prod(means)
+
+    def _of_labels(self, page: Page) -> float | None:
+        rows = page.rows.get(self.factors[0].metric, ())
+        told = [number for row in rows if (number := self._of_row(row)) is not None]
+        return float(sum(told)) if told else None
+
+    def _of_row(self, row: Mapping[str, str]) -> int | None:
+        numbers = [_number(row.get(factor.label or "", "")) for factor in self.factors]
+        told = [number for number in numbers if number is not None]
+        return math.prod(told) if len(told) == len(numbers) else None
+
+    def __str__(self) -> str:
+        return " * ".join(map(str, self.factors))
 
 
 class Given(Source, frozen=True):
@@ -269,6 +329,11 @@ class Given(Source, frozen=True):
         """Those of the source."""
         return self.source.infos
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Those of the source."""
+        return self.source.tables
+
     def value(self, page: Page, last: Value | None) -> Value | None:
         """What the source says, if it means something."""
         return self.source.value(page, last) if self.given in page.totals else None
@@ -278,7 +343,7 @@ class Given(Source, frozen=True):
 
 
 class First(Source, frozen=True):
-    """The first of several sources whose metrics are all on the page: engines rename their metrics."""
+    """The first of several sources whose metrics and labels are all on the page: engines rename them."""
 
     sources: tuple[Source, ...]
 
@@ -297,15 +362,26 @@ class First(Source, frozen=True):
         """Those of all."""
         return tuple(metric for source in self.sources for metric in source.infos)
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Those of all."""
+        return tuple(metric for source in self.sources for metric in source.tables)
+
     def value(self, page: Page, last: Value | None) -> Value | None:
         """What that one says."""
         for source in self.sources:
             if all(metric in page.totals for metric in source.references):
-                return source.value(page, last)
+                value = source.value(page, last)
+                if value is not None or not source.tables:  # a label can hold `None`
+                    return value
         return None
 
     def __str__(self) -> str:
         return ", else ".join(map(str, self.sources))
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else None
 
 
 def _over(text: str, per: float) -> str:

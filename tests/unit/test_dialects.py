@@ -32,6 +32,9 @@ PAGES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "time_per_output_token": 0.5995105310000781 / 212,
             "prompt_tokens_per_request": 380 / 30,
             "generation_tokens_per_request": 242 / 30,
+            "kv_cache_tokens": 1048576.0,
+            "prefix_cache_hits": 0.0,
+            "started": 1.79525055257e09,
         },
     ),
     "vllm-0.32-metrics-under-load.txt": (
@@ -51,6 +54,9 @@ PAGES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "loras": frozenset(),  # of three sets of labels the newest names none
             "waiting_loras": frozenset(),
             "max_loras": 1,
+            "kv_cache_tokens": 5120.0,
+            "prefix_cache_hits": 384.0,
+            "started": 1.79525085616e09,
         },
     ),
     "vllm-0.5-metrics.txt": (
@@ -63,6 +69,7 @@ PAGES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "time_per_output_token": 0.03125,
             "prompt_tokens_per_request": 800.0,
             "generation_tokens_per_request": 200.0,
+            "kv_cache_tokens": 432000.0,
         },
     ),
     "sglang-metrics.txt": (
@@ -79,6 +86,8 @@ PAGES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "prompt_tokens_per_request": 800.0,
             "generation_tokens_per_request": 200.0,
             "max_loras": 8,
+            "kv_cache_tokens": 442353.0,
+            "prefix_cache_hits": 12800.0,
         },
     ),
     "trtllm-metrics.txt": (
@@ -95,6 +104,8 @@ PAGES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "time_per_output_token": 0.0625,
             "prompt_tokens_per_request": 500.0,
             "generation_tokens_per_request": 200.0,
+            "kv_cache_tokens": 3239360.0,
+            "prefix_cache_hits": 9600.0,
         },
     ),
     "llamacpp-metrics.txt": (
@@ -123,6 +134,7 @@ PAGES: Mapping[str, tuple[str, dict[str, Any]]] = {
             "time_to_first_token": 0.5,
             "prompt_tokens_per_request": 800.0,
             "generation_tokens_per_request": 200.0,
+            "kv_cache_tokens": 409600.0,
         },
     ),
 }

@@ -8,6 +8,7 @@ import pytest
 
 from envoy_extproc.engines.formulas import FIELDS, FormulaError, selection, source
 from envoy_extproc.engines.sources import (
+    Factor,
     First,
     Gauge,
     Given,
@@ -15,6 +16,7 @@ from envoy_extproc.engines.sources import (
     Limit,
     Mean,
     Names,
+    Product,
     Rate,
     Ratio,
     Source,
@@ -41,6 +43,17 @@ from envoy_extproc.engines.sources import (
         ("loras", "a[b]", Names("a", "b")),
         ("max_loras", "a[b]", Limit("a", "b")),
         ("max_loras", "a", Limit("a")),
+        ("kv_cache_tokens", "a", Product((Factor("a"),))),
+        ("kv_cache_tokens", "a[b]", Product((Factor("a", "b"),))),
+        ("kv_cache_tokens", "a * b", Product((Factor("a"), Factor("b")))),
+        ("kv_cache_tokens", "a[b]*a[c]", Product((Factor("a", "b"), Factor("a", "c")))),
+        (
+            "kv_cache_tokens",
+            'a{x="1"} * a{x="2"} if c',
+            Given(Product((Factor('a{x="1"}'), Factor('a{x="2"}'))), "c"),
+        ),
+        ("prefix_cache_hits", "a", Product((Factor("a"),))),
+        ("started", "a", Mean("a")),
         ("utilization", "a if b", Given(Mean("a"), "b")),
         ("running", ["a", "b"], First((Total("a"), Total("b")))),
         ("running", ["a"], Total("a")),
@@ -65,6 +78,17 @@ def test_what_a_formula_means(field: str, formula: str | Sequence[str], expected
         ("loras", "a"),
         ("loras", "gauge(a)"),
         ("max_loras", "a / 2"),
+        ("max_loras", "a * b"),
+        ("running", "a * b"),
+        ("kv_cache_usage", "a * b"),
+        ("kv_cache_tokens", "a / b"),
+        ("kv_cache_tokens", "a / 2"),
+        ("kv_cache_tokens", "gauge(a)"),
+        ("kv_cache_tokens", "a[b] * c"),
+        ("kv_cache_tokens", "a * b[c]"),
+        ("kv_cache_tokens", "a[b] * c[d]"),
+        ("started", "a[b]"),
+        ("started", "a / 1000"),
     ],
 )
 def test_a_formula_that_does_not_fit_its_field(field: str, formula: str) -> None:
@@ -89,6 +113,9 @@ def test_a_formula_that_does_not_fit_its_field(field: str, formula: str) -> None
         "rate(a)",
         "a if",
         "a-b",
+        "a *",
+        "a * b * c",
+        "a * 16",
     ],
 )
 def test_what_is_no_formula(formula: str) -> None:
@@ -102,7 +129,7 @@ def test_what_cannot_be_divided_by(number: str) -> None:
         source("kv_cache_usage", f"a / {number}")
 
 
-@pytest.mark.parametrize("field", ["at", "waitng", ""])
+@pytest.mark.parametrize("field", ["at", "life", "waitng", ""])
 def test_a_field_that_there_is_not(field: str) -> None:
     with pytest.raises(FormulaError, match="unknown field; known are running, waiting,"):
         source(field, "a")

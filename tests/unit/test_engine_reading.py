@@ -6,6 +6,7 @@ import pytest
 
 from envoy_extproc.endpoints import EngineStats
 from envoy_extproc.engines.dialects import DIALECTS, Dialect, dialects
+from envoy_extproc.engines.exposition import _remembered
 from envoy_extproc.engines.reading import WINDOW, PageError, Reading, read
 
 VLLM = DIALECTS["vllm"]
@@ -75,6 +76,43 @@ def test_after_a_restart_there_is_no_rate_and_then_there_is_one_again() -> None:
     )
     assert (after.generation_tokens_per_second, after.requests_per_second) == (None, None)
     assert (later.generation_tokens_per_second, later.requests_per_second) == (10.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("pages", "lives"),
+    [
+        ([{"t": 5}, {"t": 5}, {"t": 9}], [0, 0, 0]),
+        ([{"t": 5}, {"t": 4}, {"t": 9}, {"t": 1}], [0, 1, 1, 2]),
+        ([{"t": 5, "s": 100.5}, {"t": 9, "s": 100.5}, {"t": 12, "s": 160.5}], [0, 0, 1]),
+        ([{"t": 5, "s": 100}, {"t": 4, "s": 160}], [0, 1]),
+        ([{"t": 5}, {"t": 9, "s": 100}, {"t": 12}, {"t": 12, "s": 100}], [0, 0, 0, 0]),  # told now and then
+    ],
+)
+def test_another_life_is_one_with_lower_counters_or_of_another_process(
+    pages: list[dict[str, float]], lives: list[int]
+) -> None:
+    names = {"t": "vllm:generation_tokens_total", "s": "process_start_time_seconds"}
+    bodies = ["".join(f"{names[key]} {value}\n" for key, value in each.items()).encode() for each in pages]
+    told = readings(VLLM, *[(float(at), body) for at, body in enumerate(bodies)])
+    assert [stats.life for stats in told] == lives
+    assert [stats.started for stats in told] == [each.get("s") for each in pages]
+
+
+def test_a_process_that_began_anew_has_no_rates_though_its_counters_are_higher() -> None:
+    first = page(generation_tokens_total=10) + b"process_start_time_seconds 100\n"
+    second = page(generation_tokens_total=99) + b"process_start_time_seconds 200\n"
+    _, after = readings(VLLM, (1.0, first), (2.0, second))
+    assert after.generation_tokens_per_second is None
+
+
+def test_a_life_goes_on_though_the_clock_does_not() -> None:
+    told = readings(
+        VLLM,
+        (2.0, page(generation_tokens_total=5)),
+        (3.0, page(generation_tokens_total=1)),
+        (3.0, page(generation_tokens_total=2)),
+    )
+    assert [stats.life for stats in told] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("at", [10.0, 9.0])
@@ -178,7 +216,14 @@ def test_shares_are_held_between_nothing_and_all(value: str, share: float | None
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"<html>not here</html>", b"python_info 1.0\n", b"vllm:num_requests_running NaN\n"]
+    "body",
+    [
+        b"",
+        b"<html>not here</html>",
+        b"python_info 1.0\n",
+        b"process_start_time_seconds 1.7e9\n",  # any Python program's
+        b"vllm:num_requests_running NaN\n",
+    ],
 )
 def test_a_page_of_something_else(body: bytes) -> None:
     with pytest.raises(PageError, match="no metric"):
@@ -269,3 +314,89 @@ e:slots 4
 def test_a_limit_in_a_label(text: str, limit: int | None) -> None:
     body = f'vllm:lora_requests_info{{max_lora="{text}"}} 1\n'.encode()
     assert read(VLLM, body, 1.0).stats.max_loras == limit
+
+
+# -- the room in its cache -------------------------------------------------------------------------------------------
+
+
+def config(**labels: object) -> str:
+    return (
+        "vllm:cache_config_info{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "} 1\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        (config(kv_cache_size_tokens=5120, num_gpu_blocks=40, block_size=128), 5120.0),
+        (config(kv_cache_size_tokens="None", num_gpu_blocks=40, block_size=128), 5120.0),
+        (
+            config(kv_cache_size_tokens=3000, num_gpu_blocks=40, block_size=128),
+            3000.0,
+        ),  # kinds of attention share
+        (config(num_gpu_blocks=40, block_size=16), 640.0),
+        (config(num_gpu_blocks="None", block_size=16), None),
+        (config(num_gpu_blocks=40), None),
+        # Data parallelism: each has a cache of its own.
+        (
+            config(engine=0, num_gpu_blocks=40, block_size=16)
+            + config(engine=1, num_gpu_blocks=20, block_size=16),
+            960.0,
+        ),
+        (config(engine=0, kv_cache_size_tokens=100) + config(engine=1, kv_cache_size_tokens=200), 300.0),
+        ("", None),
+    ],
+)
+def test_room_in_labels(text: str, tokens: float | None) -> None:
+    assert read(VLLM, page(num_requests_running=1) + text.encode(), 1.0).stats.kv_cache_tokens == tokens
+
+
+def test_room_in_two_gauges() -> None:
+    body = b"""\
+trtllm_kv_cache_max_blocks{rank="0"} 100
+trtllm_kv_cache_max_blocks{rank="1"} 100
+trtllm_kv_cache_tokens_per_block{rank="0"} 32
+trtllm_kv_cache_tokens_per_block{rank="1"} 32
+"""
+    assert read(DIALECTS["trtllm"], body, 1.0).stats.kv_cache_tokens == 6400.0
+    alone = b"trtllm_kv_cache_max_blocks 100\n"
+    assert read(DIALECTS["trtllm"], alone, 1.0).stats.kv_cache_tokens is None
+
+
+def test_room_is_read_again_after_some_seconds_and_at_once_while_it_is_not_known() -> None:
+    def body(tokens: object) -> bytes:
+        return page(num_requests_running=1) + config(kv_cache_size_tokens=tokens).encode()
+
+    told = readings(
+        VLLM,
+        (0.0, body("None")),
+        (1.0, body(10)),
+        (2.0, body(20)),
+        (1 + WINDOW, body(30)),
+        (2 + WINDOW, page(num_requests_running=1)),
+        (1 + 2 * WINDOW, page(num_requests_running=1)),
+    )
+    assert [stats.kv_cache_tokens for stats in told] == [None, 10.0, 10.0, 30.0, 30.0, None]
+
+
+def test_another_life_has_its_own_room() -> None:
+    def body(started: int, tokens: int) -> bytes:
+        text = config(kv_cache_size_tokens=tokens) + f"process_start_time_seconds {started}\n"
+        return page(num_requests_running=1) + text.encode()
+
+    told = readings(VLLM, (0.0, body(1, 10)), (0.2, body(2, 20)), (0.4, body(2, 20)))
+    assert [stats.kv_cache_tokens for stats in told] == [10.0, None, 20.0]  # the next page tells
+
+
+def test_a_page_that_tells_of_nothing_but_room_is_one() -> None:
+    told = readings(
+        VLLM, (0.0, config(kv_cache_size_tokens=10).encode()), (0.2, config(kv_cache_size_tokens=20).encode())
+    )
+    assert [stats.kv_cache_tokens for stats in told] == [10.0, 20.0]
+
+
+def test_very_long_labels_are_read_and_not_remembered() -> None:
+    text = config(num_gpu_blocks=4, block_size=2, note="x" * 10_000)
+    before = _remembered.cache_info()
+    assert read(VLLM, text.encode(), 1.0).stats.kv_cache_tokens == 8.0
+    assert _remembered.cache_info() == before
