@@ -26,9 +26,10 @@ from envoy_extproc.engines.dialects import dialects
 from envoy_extproc.envoy.bootstrap import BootstrapOptions, bootstrap
 from envoy_extproc.envoy.eds import EndpointsFile
 from envoy_extproc.envoy.tls import ServerTls
-from envoy_extproc.scheduling.registry import POLICIES
+from envoy_extproc.server import plugins
 from envoy_extproc.server.app import App, static_endpoints
 from envoy_extproc.server.healthcheck import NotAnswering, ask_health
+from envoy_extproc.server.plugins import Plugins
 from envoy_extproc.settings import ENV_PREFIX, Settings, SettingsError
 from envoy_extproc.settings import load as load_settings
 from envoy_extproc.simulation.demo import run as run_demo
@@ -70,9 +71,11 @@ def version() -> None:
 def serve(config_file: ConfigFile) -> None:
     """Runs the server until SIGTERM or Ctrl-C, then drains."""
     settings = _settings(config_file)
+    installed = _plugins(settings)
     _log_as_json()
+    _log_plugins(installed)
     try:
-        _run(_serve(settings))
+        _run(_serve(settings, installed))
     except* (EndpointError, SettingsError, OSError) as group:
         _fail("\n".join(str(error) for error in group.exceptions))
 
@@ -162,11 +165,13 @@ def explain(
     try:
         asked = explaining.question(path, header or (), _read(body))
         settled = None if config_file is None else _settings(config_file)
+        installed = Plugins() if settled is None else _plugins(settled)
+        _warn_of(installed)
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
         asking = (
             explaining.there(server or "", asked, token)
             if settled is None
-            else explaining.here(settled, asked)
+            else explaining.here(settled, asked, installed.scorers)
         )
         answer = _run(asking)
     except (EndpointError, explaining.ServerError, OSError, ValueError) as error:
@@ -189,10 +194,14 @@ def config_check(config_file: ConfigFile) -> None:
     """Validates a configuration; says what it means, or what is wrong with it."""
     settings = _settings(config_file)
     endpoints = _endpoints(settings)
+    installed = _plugins(settings)
+    _warn_of(installed)
     typer.echo(f"{config_file}: valid")
     typer.echo(f"  ext_proc {settings.server.listen}, admin {settings.server.admin}")
     typer.echo(f"  policy {settings.routing.policy}, accounting {settings.responses.accounting}")
     typer.echo(f"  Envoy fails {'open' if settings.fail_open else 'closed'} while this server is down")
+    for plugin in installed.usable:
+        typer.echo(f"  scorer {plugin.name} of {plugin.distribution}")
     for endpoint in endpoints:
         typer.echo(
             f"  endpoint {endpoint.name} {endpoint.address} {endpoint.engine}: {', '.join(endpoint.models)}"
@@ -247,7 +256,7 @@ def healthcheck(
 ) -> None:
     """Asks the server of this configuration on this machine whether it is ready. Exits 0 or 1, for HEALTHCHECK."""
     try:
-        settings = load_settings(config_file, policies=POLICIES)
+        settings = load_settings(config_file, policies=plugins.policies())
         status = _run(ask_health(settings, _reachable(settings.server.listen), service, timeout))
     except (SettingsError, NotAnswering) as error:
         typer.echo(str(error), err=True)
@@ -262,13 +271,17 @@ def _reachable(address: str) -> str:
     return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]", "*") else address  # noqa: S104  compared, not bound
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, installed: Plugins) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    path = settings.envoy.endpoints_file
-    app = App(settings) if path is None else App(settings, on_snapshot=EndpointsFile(path).write)
+    path, scorers = settings.envoy.endpoints_file, installed.scorers
+    app = (
+        App(settings, scorers=scorers)
+        if path is None
+        else App(settings, scorers=scorers, on_snapshot=EndpointsFile(path).write)
+    )
     await app.run(stop)
 
 
@@ -299,9 +312,29 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 def _settings(path: Path) -> Settings:
     try:
-        return load_settings(path, policies=POLICIES)
+        return load_settings(path, policies=plugins.policies())
     except SettingsError as error:
         _fail(str(error))
+
+
+def _plugins(settings: Settings) -> Plugins:
+    try:
+        return plugins.load(settings)
+    except SettingsError as error:
+        _fail(str(error))
+
+
+def _warn_of(installed: Plugins) -> None:
+    for plugin in installed.unusable:
+        typer.echo(f"passed over: {plugin}", err=True)
+
+
+def _log_plugins(installed: Plugins) -> None:
+    log = structlog.get_logger()
+    for plugin in installed.usable:
+        log.info("scorer", name=plugin.name, distribution=plugin.distribution)
+    for plugin in installed.unusable:
+        log.warning("scorer_passed_over", text=str(plugin))
 
 
 def _endpoints(settings: Settings) -> tuple[Endpoint, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import aiohttp
 import msgspec
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from envoy_extproc.scheduling.explain import Explanation, Row
+from envoy_extproc.scheduling.interfaces import Scorer
 from envoy_extproc.server import explaining
 from envoy_extproc.server.app import App
 from envoy_extproc.server.explaining import Answer, Question
@@ -46,14 +47,16 @@ def question(path: str, headers: Sequence[str], body: bytes) -> Question:
     return Question(path=path, headers=tuple(pairs), body=body)
 
 
-async def here(settings: Settings, asked: Question) -> Answer:
+async def here(settings: Settings, asked: Question, scorers: Mapping[str, Scorer]) -> Answer:
     """What comes of the question by the configuration and one look at the engines; nothing is in flight here.
+
+    `scorers` are those of other packages; see `App`.
 
     Raises:
         EndpointError: discovery has nothing valid.
     """
     engines = settings.engines.model_copy(update=_QUICK)
-    app = App(settings.model_copy(update={"engines": engines}))
+    app = App(settings.model_copy(update={"engines": engines}), scorers=scorers)
     return explaining.answer(asked, await app.look(), trust_user=settings.auth.mode == "header")
 
 

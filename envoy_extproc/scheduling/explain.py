@@ -30,6 +30,7 @@ _REASONS: Mapping[str, str] = {
     "no-prompt": "the request has no prompt that can be read, or one shorter than a block",
     "no-user": "the request does not say whose it is",
     "no-session": "the request belongs to no session",
+    "scorer-failed": "a scorer of another package failed, as the log tells",
     "session-gone": "the endpoint of the request's session is not among those it may go to",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -96,7 +97,7 @@ _MIXES_REMEMBERED = 256
 """Clients can write any number of mixtures; a fleet's use a handful."""
 
 POLICIES: tuple[str, ...] = (*_PICKING, *_SCORING, *_PREFIX, PAIRS)
-"""Every name `routing.policy` and the header `routing-strategy` may have."""
+"""Every name of our own that `routing.policy` and the header `routing-strategy` may have."""
 
 
 class Tuning(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,12 +111,18 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _DEFAULT = Tuning()
+_NONE: Mapping[str, Scorer] = MappingProxyType({})
 
 
 class Policies(Mapping[str, Profile]):
-    """The policies of one server by name, and the mixtures of them. Mixtures share the scorers of the policies in them."""
+    """The policies of one server by name, and the mixtures of them. Mixtures share the scorers of the policies in them.
 
-    def __init__(self, tuning: Tuning) -> None:
+    Args:
+        tuning: what the operator sets.
+        scorers: of other packages, by the names of their policies, none of which is in `POLICIES`.
+    """
+
+    def __init__(self, tuning: Tuning, scorers: Mapping[str, Scorer] = _NONE) -> None:
         self._scorers: dict[str, Scorer] = {name: make() for name, make in _SCORING.items()}
         self._scorers["bounded-load"] = BoundedLoadScorer(tuning.load_bound, tuning.prefix_rule)
         self._scorers["vtc-basic"] = VtcScorer(tuning.fairness)
@@ -125,6 +132,7 @@ class Policies(Mapping[str, Profile]):
             in_all=tuning.prefix_blocks,
         )
         self._scorers |= dict.fromkeys(_PREFIX, PrefixCacheScorer(self.prefixes))
+        self._scorers |= scorers
         self._mixes: dict[str, Profile] = {}
         self._fallback = self._scoring(_PLAIN, None)
         picking = {
@@ -137,6 +145,7 @@ class Policies(Mapping[str, Profile]):
         scoring["bounded-load"] = self._scoring("bounded-load", by_chance)
         prefix = {name: self._by_prefix(name, tuning.load_bound) for name in _PREFIX}
         self._profiles = picking | {_PLAIN: self._fallback} | scoring | prefix | {PAIRS: PairProfile()}
+        self._profiles |= {name: self._scoring(name, self._fallback) for name in scorers}
 
     def find(self, text: str) -> Profile:
         """The policy of that name, or the mixture that `text` writes.
@@ -209,9 +218,9 @@ class Policies(Mapping[str, Profile]):
         )
 
 
-def build(tuning: Tuning = _DEFAULT) -> Policies:
-    """One set of policies for one server; some remember whose turn it is."""
-    return Policies(tuning)
+def build(tuning: Tuning = _DEFAULT, scorers: Mapping[str, Scorer] = _NONE) -> Policies:
+    """One set of policies for one server; some remember whose turn it is. See `Policies`."""
+    return Policies(tuning, scorers)
 
 
 def _filters(policy: str) -> list[Filter]:

@@ -6,8 +6,9 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -25,12 +26,13 @@ from envoy_extproc.engines.dialects import dialects
 from envoy_extproc.engines.scraper import Scraper
 from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.explain import Explanation
-from envoy_extproc.scheduling.interfaces import SchedulingRequest
+from envoy_extproc.scheduling.interfaces import SchedulingRequest, Scorer
 from envoy_extproc.server import configured
 from envoy_extproc.server.access_log import AccessLog
 from envoy_extproc.server.admin import Admin
 from envoy_extproc.server.catalogue import Catalogue
 from envoy_extproc.server.director import Director
+from envoy_extproc.server.guard import guarded
 from envoy_extproc.server.health import Health
 from envoy_extproc.server.native_lane import NativeLane
 from envoy_extproc.server.servicer import ExternalProcessor, Parts
@@ -61,6 +63,8 @@ _LOOK_STEP_SECONDS = 0.01
 _LOG_FLUSH_SECONDS = 0.5
 """For the entries of the last exchanges: Envoy writes each up to 0.1 s after its end (`buffer_flush_interval`)."""
 
+_NO_SCORERS: Mapping[str, Scorer] = MappingProxyType({})
+
 
 class App:
     """One server.
@@ -68,6 +72,7 @@ class App:
     Args:
         settings: the whole configuration.
         on_snapshot: is told of every list of endpoints, just before this server chooses among them.
+        scorers: of other packages, by the names of their policies; see `server.plugins`.
 
     Attributes:
         ext_proc_port: the port gRPC listens on, known once `run` has started.
@@ -75,10 +80,15 @@ class App:
     """
 
     def __init__(
-        self, settings: Settings, *, on_snapshot: Callable[[Snapshot], None] = lambda _: None
+        self,
+        settings: Settings,
+        *,
+        on_snapshot: Callable[[Snapshot], None] = lambda _: None,
+        scorers: Mapping[str, Scorer] = _NO_SCORERS,
     ) -> None:
         self._settings = settings
         self._on_snapshot = on_snapshot
+        self._scorers = scorers
         self._in_flight = InFlight()
         self._lane = NativeLane(settings.responses.accounting)
         self._breakers = Breakers(
@@ -121,8 +131,11 @@ class App:
 
     def _decide(self) -> None:
         """Makes what chooses among endpoints."""
+        foreign = {
+            name: guarded(name, scorer, self._metrics.scorer_failed) for name, scorer in self._scorers.items()
+        }
         self._director = Director(
-            profiles=registry.build(configured.tuning(self._settings)),
+            profiles=registry.build(configured.tuning(self._settings), foreign),
             rules=configured.rules(self._settings),
             in_flight=self._in_flight.count,
             states=self._scraper.states,

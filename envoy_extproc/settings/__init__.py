@@ -80,6 +80,18 @@ class Settings(BaseSettings):
         """`envoy.fail_open` with `auto` decided."""
         return self.auth.mode == "none" if self.envoy.fail_open == "auto" else self.envoy.fail_open
 
+    @property
+    def policies(self) -> Mapping[str, str]:
+        """Every policy that is named, a name or a mixture, by the key it stands under."""
+        named = {"routing.policy": self.routing.policy}
+        for name, model in self.models.items():
+            if model.policy is not None:
+                named[f"models.{name}.policy"] = model.policy
+            if model.config is not None:
+                own = model.config.named().items()
+                named |= {f"models.{name}.config.{key}": policy for key, policy in own}
+        return named
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -148,17 +160,8 @@ def _sentences(source: str, error: ValidationError) -> list[str]:
 
 
 def _check_policies(settings: Settings, policies: tuple[str, ...], source: str) -> None:
-    named = {"routing.policy": settings.routing.policy}
-    named |= {
-        f"models.{name}.policy": model.policy
-        for name, model in settings.models.items()
-        if model.policy is not None
-    }
-    for name, model in settings.models.items():
-        if model.config is not None:
-            named |= {f"models.{name}.config.{key}": policy for key, policy in model.config.named().items()}
     wrong = []
-    for key, policy in named.items():
+    for key, policy in settings.policies.items():
         try:
             mixes.parse(policy, policies)
         except mixes.MixError as error:

@@ -202,6 +202,7 @@ class PrometheusMetrics:
         self._fallbacks = self._counter(
             "policy_fallbacks", "Decisions another policy had to make.", "policy", "reason"
         )
+        self._scorers = self._counter("scorer_failures", "Failures of scorers from other packages.", "scorer")
         self._usage = self._counter("usage", "Exchanges, by how their tokens are known.", "usage_source")
         self._bypassed = self._counter("bypassed_requests", "Requests Envoy served without this server.")
         self._retries = self._counter("retries", "Pods asked in vain before another one answered.", "model")
@@ -286,6 +287,10 @@ class PrometheusMetrics:
     def message_unknown(self) -> None:
         """A message of a kind not known came."""
         self._unknown.inc()
+
+    def scorer_failed(self, scorer: str) -> None:
+        """The scorer of that name, another package's, failed."""
+        self._scorers.labels(scorer).inc()
 
     def scrape_failed(self, endpoint: str) -> None:
         """A scrape of the endpoint of that name failed."""
