@@ -20,6 +20,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         engine: the dialect its metrics are in, a key of ``engines.dialects``.
         labels: the pod's labels, for selectors.
         metrics_port: where its metrics page is served; None where the dialect knows.
+        config: what it says of how its models are to be routed, JSON in AIBrix's shape as it was written; None where it
+            says nothing.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = "vllm"
     labels: Mapping[str, str] = _NOTHING
     metrics_port: int | None = None
+    config: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -162,7 +162,11 @@ def mapped(pod: Pod, *, engines: Collection[str], qualified: bool) -> Mapped:
         | ({} if metric_port is None else {"metrics_port": metric_port})
         for port, metric_port in zip(ports, metric_ports, strict=True)
     ]
-    return Mapped(_configured(_checked(items, engines), pod), None if known else engine)
+    endpoints = _checked(items, engines)
+    config = _listed(pod, _CONFIG)
+    if config is not None:
+        endpoints = tuple([msgspec.structs.replace(each, config=config) for each in endpoints])
+    return Mapped(endpoints, None if known else engine)
 
 
 def _ready(pod: Pod) -> bool:
@@ -191,7 +195,7 @@ def _said(pod: Pod, key: str) -> str | None:
 
 
 def _listed(pod: Pod, key: str) -> str | None:
-    """The other way round: an annotation can be a list, which a label is too narrow for."""
+    """The other way round: an annotation can be a list or JSON, which a label is too narrow for."""
     text = (pod.metadata.annotations or {}).get(key, "").strip()
     return text or _said(pod, key)
 
@@ -241,16 +245,6 @@ def _host(pod_ip: str) -> str:
         return f"[{pod_ip}]" if ipaddress.ip_address(pod_ip).version == 6 else pod_ip
     except ValueError:
         raise PodError("address", f"{pod_ip!r} is no IP address") from None
-
-
-def _configured(endpoints: tuple[Endpoint, ...], pod: Pod) -> tuple[Endpoint, ...]:
-    """With the model's configuration among their labels, where it is looked for: as JSON it can only be an annotation."""
-    config = _listed(pod, _CONFIG)
-    if config is None:
-        return endpoints
-    return tuple(
-        [msgspec.structs.replace(each, labels={**each.labels, _CONFIG: config}) for each in endpoints]
-    )
 
 
 def _checked(items: list[dict[str, Any]], engines: Collection[str]) -> tuple[Endpoint, ...]:

@@ -10,6 +10,7 @@ most hints, of equals the narrowest, as AIBrix has it (see `Hints.narrowness`). 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from envoy_extproc.errors import UnknownProfile
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
 
 LABEL = "model.aibrix.ai/config"
-"""The annotation of a pod that holds it in JSON."""
+"""The annotation of a pod that holds it in JSON, or the label of an endpoint that is written down."""
 
 AUTO = "auto"
 _DEFAULT = "default"
@@ -81,6 +82,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 _NOTHING = ModelConfig()
+_name = re.compile(r"[ -~]{1,256}")  # of a profile: an answer's header tells it
 
 
 def parse(text: str) -> ModelConfig:
@@ -95,6 +97,9 @@ def parse(text: str) -> ModelConfig:
         raise ConfigError(str(error)) from None
     except RecursionError:
         raise ConfigError("JSON is nested too deeply") from None
+    for name in config.profiles:
+        if not _name.fullmatch(name):
+            raise ConfigError(f"profiles: {name[:64]!r} has other than 1 to 256 printable ASCII characters")
     if config.default_profile and config.default_profile not in config.profiles:
         raise ConfigError(f"defaultProfile: no profile {config.default_profile[:64]!r}")
     return config

@@ -152,6 +152,7 @@ def _endpoint(candidate: Candidate, state: EngineState, avoided: bool, now: floa
             "interval_seconds": state.interval,
             "last_seconds_ago": None if state.stats is None else round(now - state.stats.at, 3),
         },
+        "config": candidate.endpoint.config,
         "served": None if served is None else [{"id": each.id, "parent": each.parent} for each in served],
     }
 

@@ -1,4 +1,4 @@
-"""The configuration of each model: the operator's own, else what the annotation of one of its pods says."""
+"""The configuration of each model: the operator's own, else what one of its pods says by its annotation or label."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ModelConfigs:
         self._annotated = {}
         before, self._read = self._read, {}
         for endpoint in snapshot.endpoints:
-            text = endpoint.labels.get(configs.LABEL)
+            text = endpoint.config or endpoint.labels.get(configs.LABEL)
             if text is None:
                 continue
             if text not in self._read:

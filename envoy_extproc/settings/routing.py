@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Self
 
@@ -125,6 +126,9 @@ class ModelProfile(AIBrixSection):
     """Reserved: limits are not there yet."""
 
 
+_profile = re.compile(r"[ -~]{1,256}")  # what a header can tell
+
+
 class ModelConfig(AIBrixSection):
     """AIBrix's `model.aibrix.ai/config`."""
 
@@ -139,6 +143,15 @@ class ModelConfig(AIBrixSection):
     def _default_is_there(self) -> Self:
         if self.default_profile and self.default_profile not in self.profiles:
             raise ValueError(f"defaultProfile: no profile {self.default_profile!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_can_be_told(self) -> Self:
+        for name in self.profiles:
+            if not _profile.fullmatch(name):
+                raise ValueError(
+                    f"profiles: {name[:64]!r} has other than 1 to 256 printable ASCII characters"
+                )
         return self
 
     def named(self) -> Mapping[str, str]:

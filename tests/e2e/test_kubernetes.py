@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.support.cluster import Cluster, Object, pod
 from tests.support.gateway import MODEL, Gateway, chat, eventually, fast_engines
 
 PORT = "model.aibrix.ai/port"
+CONFIG = "model.aibrix.ai/config"
 
 
 def pod_of(engine: Engine, **more: Any) -> Object:
@@ -70,3 +73,44 @@ async def test_a_label_chooses_among_pods(directory: Path, tmp_path: Path) -> No
         ):
             assert await served_by(http) == {"pod-b"}
             await eventually(lambda: cluster.live == 1)
+
+
+async def decided(http: aiohttp.ClientSession, **headers: str) -> tuple[str, str | None]:
+    """Which policy decided, and which profile the answer tells of."""
+    async with http.post(CHAT, json=chat(max_tokens=1), headers=headers) as answer:
+        assert answer.status == 200, await answer.text()
+        return answer.headers["routing-strategy"], answer.headers.get("x-aibrix-config-profile")
+
+
+async def comes_to(http: aiohttp.ClientSession, policy: str) -> None:
+    """Waits until requests that ask for nothing are decided so."""
+    async with asyncio.timeout(10):
+        while (await decided(http))[0] != policy:
+            await asyncio.sleep(0.05)
+
+
+async def test_an_annotation_says_how_a_model_is_routed(directory: Path, tmp_path: Path) -> None:
+    profiles = {
+        "default": {"routingStrategy": "round-robin"},
+        "brief": {"routingStrategy": "random", "routingConfig": {"promptTokensLt": 1000}},
+    }
+    written = json.dumps({"profiles": profiles}, indent=2)
+    async with fast_engines(1) as engines, Cluster() as cluster:
+        await cluster.put(pod_of(engines[0], annotations={CONFIG: written}))
+        async with (
+            Gateway(directory, engines=engines, config=config(cluster, tmp_path / "watched")) as gateway,
+            aiohttp.ClientSession(gateway.url) as http,
+        ):
+            await envoy_knows(gateway, {engines[0].address})
+            assert await decided(http) == ("round-robin", None)
+            assert await decided(http, **{"config-profile": "auto"}) == ("random", "brief")
+
+            locked = json.dumps({"lockedRoutingStrategy": "power-of-two"})
+            await cluster.put(pod_of(engines[0], annotations={CONFIG: locked}))
+            await comes_to(http, "power-of-two")
+            assert await decided(http, **{"routing-strategy": "random"}) == ("power-of-two", None)
+
+            await cluster.put(pod_of(engines[0], annotations={CONFIG: "{"}))
+            await comes_to(http, "least-request")
+            told = [line for line in gateway.log_lines() if line["event"] == "model_config_ignored"]
+            assert [line["endpoint"] for line in told] == ["pod-a"]

@@ -65,6 +65,40 @@ def test_names_of_models(label: str | None, annotations: Mapping[str, str], mode
     assert only(pod("a", model=label, annotations=prefixed)).models == models
 
 
+CONFIG = f"{PREFIX}config"
+WRITTEN = '{\n  "profiles": {"default": {"routingStrategy": "random"}}\n}'
+
+
+@pytest.mark.parametrize(
+    ("labels", "annotations", "config"),
+    [
+        ({}, {}, None),
+        ({}, {CONFIG: WRITTEN}, WRITTEN),
+        ({}, {CONFIG: f"{WRITTEN}\n"}, WRITTEN),
+        ({CONFIG: "short"}, {}, "short"),
+        ({CONFIG: "short"}, {CONFIG: WRITTEN}, WRITTEN),
+        ({CONFIG: "short"}, {CONFIG: " "}, "short"),
+        ({CONFIG: ""}, {CONFIG: ""}, None),
+    ],
+)
+def test_the_configuration_of_a_model(
+    labels: Mapping[str, str], annotations: Mapping[str, str], config: str | None
+) -> None:
+    ports = {f"{PREFIX}port": "8000,8001"}
+    endpoints = mapped(pod("a", labels=labels, annotations=ports | dict(annotations))).endpoints
+    assert [each.config for each in endpoints] == [config, config]
+    assert endpoints[0].labels == {LABEL: "m"} | dict(labels), "no label that the pod has not"
+
+
+def test_another_configuration_is_another_endpoint() -> None:
+    ours = fleet()
+    assert ours.put(decoded(pod("a")))
+    assert ours.put(decoded(pod("a", annotations={CONFIG: WRITTEN})))
+    assert not ours.put(decoded(pod("a", annotations={CONFIG: WRITTEN, "other": "x"})))
+    assert ours.put(decoded(pod("a", annotations={CONFIG: "{}"})))
+    assert ours.put(decoded(pod("a")))
+
+
 def test_a_pod_with_several_ports_is_as_many_endpoints() -> None:
     each = pod(
         "a", annotations={f"{PREFIX}port": "8000, 8001", f"{PREFIX}models": '["m", "n"]'}, labels={"x": "y"}
@@ -76,27 +110,6 @@ def test_a_pod_with_several_ports_is_as_many_endpoints() -> None:
     ]
     assert {each.models for each in endpoints} == {("m", "n")}
     assert {each.labels["x"] for each in endpoints} == {"y"}
-
-
-@pytest.mark.parametrize(
-    ("label", "annotation", "config"),
-    [
-        (None, '{\n  "profiles": {}\n}\n', '{\n  "profiles": {}\n}'),  # as people write it in YAML
-        ("short", None, "short"),
-        ("short", "{}", "{}"),
-        ("short", " \n", "short"),
-        (None, " \n", None),
-        (None, None, None),
-    ],
-)
-def test_the_configuration_of_a_model_is_an_annotation(
-    label: str | None, annotation: str | None, config: str | None
-) -> None:
-    key = f"{PREFIX}config"
-    labels = {} if label is None else {key: label}
-    annotations = {} if annotation is None else {key: annotation}
-    written = pod("a", labels=labels, annotations={f"{PREFIX}port": "8000,8001", **annotations})
-    assert [each.labels.get(key) for each in mapped(written).endpoints] == [config, config]
 
 
 def test_other_annotations_are_no_labels() -> None:

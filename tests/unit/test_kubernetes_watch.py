@@ -26,6 +26,8 @@ from envoy_extproc.discovery.kubernetes import KubernetesDiscovery
 from envoy_extproc.discovery.pods import decode
 from envoy_extproc.discovery.watch import ApiError, Backoff, Lines, Pace
 from envoy_extproc.endpoints import Snapshot
+from envoy_extproc.scheduling import registry
+from envoy_extproc.server.model_configs import ModelConfigs
 from envoy_extproc.settings import KubernetesSource, SettingsError
 from tests.support.cluster import Cluster, Fault, Refusal, abort, event, line, pod, status
 from tests.support.gateway import eventually
@@ -115,6 +117,42 @@ async def test_a_list_and_its_changes(cluster: Cluster, tmp_path: Path) -> None:
         assert cluster.asked == {"list": 1, "watch": 1}
         assert ours.failures == {}
         assert ours.told[0].endpoints[0].address == "10.0.0.98:8000"
+
+
+def routed(policy: str) -> dict[str, str]:
+    profiles = {"default": {"routingStrategy": policy}}
+    return {"model.aibrix.ai/config": json.dumps({"profiles": profiles}, indent=2)}
+
+
+async def test_a_configuration_that_changes_on_a_live_pod_takes_effect(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    configs = ModelConfigs({}, registry.build().find)
+
+    def policies() -> list[str]:
+        if ours.told:
+            configs.update(ours.told[-1])
+        return list(configs.policies)
+
+    async with Following(cluster, tmp_path) as ours:
+        await cluster.put(pod("a", annotations=routed("random")))
+        await eventually(lambda: policies() == ["random"])
+        await cluster.put(pod("a", annotations=routed("round-robin")))
+        await eventually(lambda: policies() == ["round-robin"])
+        with structlog.testing.capture_logs() as logs:
+            await cluster.put(pod("a", annotations=routed("no-such-policy")))
+            await eventually(lambda: policies() == [])
+            await filled(cluster, "z")
+            await ours.has("a", "z")
+            assert policies() == []
+        assert [(log["event"], log["endpoint"]) for log in logs if log["log_level"] == "warning"] == [
+            ("model_config_ignored", "a")
+        ]
+        await cluster.put(pod("a", annotations=routed("power-of-two")))
+        await eventually(lambda: policies() == ["power-of-two"])
+        await cluster.put(pod("a"))
+        await eventually(lambda: policies() == [])
+        assert ours.names == ["a", "z"]
 
 
 async def test_nobody_is_a_list_too(cluster: Cluster, tmp_path: Path) -> None:

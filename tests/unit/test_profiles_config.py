@@ -100,6 +100,11 @@ def test_the_example_of_the_documentation_can_be_read() -> None:
         '{"profiles": {"a": 1}}',
         '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}",
         "[" * 100_000,
+        '{"x": ' + "[" * 100_000,
+        '{"profiles": {"a\\nb": {}}}',
+        '{"profiles": {"ü": {}}}',
+        '{"profiles": {"": {}}}',
+        '{"profiles": {"' + "a" * 257 + '": {}}}',
     ],
 )
 def test_what_is_no_configuration(text: str) -> None:
@@ -201,8 +206,11 @@ def test_an_unknown_profile_is_refused(config: ModelConfig | None, profile: str)
 
 
 def annotated(number: int, text: str | None, models: tuple[str, ...] = (MODEL,)) -> Endpoint:
-    labels = {} if text is None else {configs.LABEL: text}
-    return msgspec.structs.replace(endpoint(number, models=models), labels=labels)
+    return msgspec.structs.replace(endpoint(number, models=models), config=text)
+
+
+def labelled(number: int, text: str) -> Endpoint:
+    return msgspec.structs.replace(endpoint(number), labels={configs.LABEL: text})
 
 
 def director(*endpoints: Endpoint, **rules: Any) -> Director:
@@ -321,6 +329,13 @@ def test_pods_say_it_by_their_annotation() -> None:
     assert policy(made) == "least-request"
 
 
+def test_an_endpoint_that_is_written_down_says_it_by_a_label() -> None:
+    made = director(labelled(1, RANDOM))
+    assert policy(made) == "random"
+    made.update(Snapshot([msgspec.structs.replace(labelled(1, RANDOM), config=LOCKED)]))
+    assert policy(made) == "round-robin"  # the annotation goes first
+
+
 def test_each_model_has_its_own() -> None:
     made = director(
         annotated(1, RANDOM, ("a", "b")), annotated(2, LOCKED, ("b", "c")), annotated(3, None, ("d",))
@@ -339,7 +354,14 @@ def test_the_operators_word_goes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", '{"profiles": {"a": {"routingStrategy": "best"}}}', '{"defaultProfile": "x"}']
+    "text",
+    [
+        "{",
+        '{"profiles": {"a": {"routingStrategy": "best"}}}',
+        '{"defaultProfile": "x"}',
+        '{"x": ' + "[" * 100_000,
+        "short",
+    ],
 )
 def test_an_annotation_that_is_wrong_is_passed_over_and_told_once(text: str) -> None:
     with capture_logs() as logs:
@@ -390,6 +412,7 @@ def test_the_settings_have_the_same_shape() -> None:
         ),
         ({"defaultProfile": "b", "profiles": {"a": {}}}, "config: defaultProfile: no profile 'b'"),
         ({"profiles": {"a": {"requestsPerSecond": 5}}}, "config.profiles.a.requestsPerSecond: "),
+        ({"profiles": {"a\nb": {}}}, "profiles: 'a\\nb' has other than"),
         (
             {"profiles": {"a": {"routingConfig": {"promptTokens": 5}}}},
             "routingConfig.promptTokens: unknown key",
