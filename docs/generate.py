@@ -1,21 +1,29 @@
-"""Writes what docs/ says of the code: configuration.md, apis.md, and the tables of metrics in engines.md.
+"""Writes what docs/ says of the code: configuration.md, apis.md, the tables of metrics in engines.md, of policies in routing.md.
 
 `--check` compares instead, and exits 1 if a page is out of date.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from envoy_extproc import settings
+from envoy_extproc import mixes, settings
+from envoy_extproc.endpoints import Endpoint, EngineStats
 from envoy_extproc.engines import dialects
 from envoy_extproc.openai import routes
+from envoy_extproc.openai.prompt import TOKEN_BYTES, Prompt
+from envoy_extproc.scheduling import guide, registry
+from envoy_extproc.scheduling.interfaces import Candidate, Decision, SchedulingRequest, Standing
+from envoy_extproc.scheduling.profile import totals
 
 _HERE = Path(__file__).parent
 _HEAD = """# Configuration
@@ -139,19 +147,20 @@ def _api(route: routes.Route) -> str:
     return f"| {paths} | {routed} | {_USAGE[route.accounting]} | {streamed} | {served} |"
 
 
-_TABLES = (
-    "<!-- tables: written by `make docs` from envoy_extproc/engines/dialects.py -->\n",
-    "<!-- end of tables -->\n",
-)
-
-
 def engines() -> str:
     """The page about engines: its text as it stands, its tables anew."""
-    begin, end = _TABLES
-    head, _, rest = (_HERE / "engines.md").read_text(encoding="utf-8").partition(begin)
     told = {name: dialect for name, dialect in dialects.ENGINES.items() if dialect.sources}
     tables = "\n".join(_engine(name, dialect) for name, dialect in told.items())
-    return f"{head}{begin}\n{tables}\n{end}{rest.partition(end)[2]}"
+    page = (_HERE / "engines.md").read_text(encoding="utf-8")
+    return _with(page, "tables", "envoy_extproc/engines/dialects.py", tables)
+
+
+def _with(page: str, part: str, source: str, text: str) -> str:
+    """`page` with the part of that name, which is between two comments, made anew."""
+    begin, end = f"<!-- {part}: written by `make docs` from {source} -->\n", f"<!-- end of {part} -->\n"
+    head, found, rest = page.partition(begin)
+    assert found, begin
+    return f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def _engine(name: str, dialect: dialects.Dialect) -> str:
@@ -163,10 +172,132 @@ def _formulas(text: str) -> str:
     return ", else ".join(f"`{formula}`" for formula in text.split(", else "))
 
 
+_GUIDE = "envoy_extproc/scheduling/guide.py"
+_EXAMPLE_OF = "docs/generate.py"
+
+
+def routing() -> str:
+    """The page about routing: its text as it stands, its tables of policies and their example anew."""
+    page = (_HERE / "routing.md").read_text(encoding="utf-8")
+    page = _with(page, "policies", _GUIDE, "\n".join(_policies()))
+    return _with(page, "example", _EXAMPLE_OF, "\n".join(_example()))
+
+
+def _policies() -> Iterator[str]:
+    yield "| policy | prefers, by which score | data it needs | without it | in a mixture | use it for |"
+    yield "|---|---|---|---|---|---|"
+    for name, words in guide.GUIDE.items():
+        cells = (f"`{name}`", words.score, words.needs, _otherwise(name), _in_a_mixture(name), words.use)
+        yield f"| {' | '.join(cells)} |"
+    yield from (
+        "",
+        "Other names of the same:",
+        "",
+        "| name | of | in a mixture | whose name it is |",
+        "|---|---|---|---|",
+    )
+    for name, alias in guide.ALIASES.items():
+        yield f"| `{name}` | `{alias.policy}` | {_in_a_mixture(name)} | {alias.whose} |"
+    yield ""
+
+
+def _otherwise(policy: str) -> str:
+    words, fallback = guide.GUIDE[policy], registry.build()[policy].fallback
+    reasons = ", ".join(f"`{reason}`" for reason in words.lacks)
+    decides = " ".join(each for each in (f"`{fallback}`" if reasons else "", words.otherwise) if each)
+    return f"{decides} ({reasons})" if reasons else decides or "needs none"
+
+
+def _in_a_mixture(policy: str) -> str:
+    if policy in mixes.PICKING | mixes.ALONE:
+        return "no"
+    return "as it is" if policy in registry.AS_THEY_ARE else "spread"
+
+
+_BLOCKS = 16
+_REQUEST = SchedulingRequest(
+    model="llama-3-8b",
+    prompt_tokens=1024,
+    prompt=Prompt({"prompt": msgspec.Raw(msgspec.json.encode("x" * (_BLOCKS * 64 * TOKEN_BYTES)))}),
+    max_output_tokens=200,
+    session="10.0.0.3:8000",
+    session_key=b"tenant-7",
+    user="ann",
+    standing=Standing(own=2000, least=0, most=6000),
+)
+_SHARED: Mapping[str, Any] = {
+    "prompt_tokens_per_request": 1000.0,
+    "generation_tokens_per_request": 200.0,
+    "max_loras": 2,
+}
+_PODS = (
+    ("pod-a", 4, 12, EngineStats(
+        at=0, running=4, waiting=0, kv_cache_usage=0.7, prompt_tokens_per_second=2000, generation_tokens_per_second=600,
+        prefill_seconds=0.4, decode_seconds=4, time_per_output_token=0.02, loras=frozenset({"sql"}), **_SHARED)),
+    ("pod-b", 1, 0, EngineStats(
+        at=0, running=1, waiting=0, kv_cache_usage=0.2, prompt_tokens_per_second=500, generation_tokens_per_second=50,
+        prefill_seconds=0.8, decode_seconds=8, time_per_output_token=0.04, loras=frozenset(), **_SHARED)),
+    ("pod-c", 2, 0, EngineStats(
+        at=0, running=6, waiting=3, kv_cache_usage=0.45, prompt_tokens_per_second=3000, generation_tokens_per_second=300,
+        prefill_seconds=0.4, decode_seconds=4, time_per_output_token=0.02, loras=frozenset({"x", "y"}),
+        waiting_loras=frozenset({"sql"}), **_SHARED)),
+)  # fmt: skip
+_TOLD = (
+    *(
+        "running",
+        "waiting",
+        "kv_cache_usage",
+        "prefill_seconds",
+        "decode_seconds",
+        "prompt_tokens_per_request",
+    ),
+    *("time_per_output_token", "prompt_tokens_per_second", "generation_tokens_per_second"),
+)
+_MIXTURE = "prefix-cache:2,least-request:1"
+
+
+def _example() -> Iterator[str]:
+    """What each pod is like, and what each policy that scores makes of it."""
+    names = [name for name, *_ in _PODS]
+    yield f"| | {' | '.join(names)} |"
+    yield "|---|---|---|---|"
+    yield f"| `in_flight` | {' | '.join(str(count) for _, count, _, _ in _PODS)} |"
+    yield f"| `held` | {' | '.join(str(held) for _, _, held, _ in _PODS)} |"
+    for field in _TOLD:
+        yield f"| `{field}` | {' | '.join(f'{getattr(stats, field):g}' for *_, stats in _PODS)} |"
+    yield from ("", f"| policy | {' | '.join(names)} | goes to |", "|---|---|---|---|---|")
+    scoring = [name for name in guide.GUIDE if name not in mixes.PICKING | mixes.ALONE]
+    for policy in (*scoring, _MIXTURE):
+        decision = _decided(policy)
+        scores = totals(decision.scores, len(names))
+        cells = [f"{score:.3f}" for score in scores]
+        yield f"| `{policy}` | {' | '.join(cells)} | {decision.chosen.endpoint.name} |"
+    yield ""
+
+
+def _decided(policy: str) -> Decision:
+    policies = registry.build()
+    endpoints = [
+        Endpoint(name=name, address=f"10.0.0.{number}:8000", models=("llama-3-8b",))
+        for number, (name, *_) in enumerate(_PODS, start=1)
+    ]
+    for endpoint, (_, _, held, _) in zip(endpoints, _PODS, strict=True):
+        policies.prefixes.learn(policies.prefixes.blocks(_REQUEST)[:held], endpoint)
+    candidates = [
+        Candidate(endpoint, count, stats)
+        for endpoint, (_, count, _, stats) in zip(endpoints, _PODS, strict=True)
+    ]
+    request = _REQUEST
+    if policy == "lora-affinity":
+        request = msgspec.structs.replace(request, model="sql", adapter=True)
+    return policies.find(policy).run(request, candidates, random.Random(1))  # noqa: S311  no tie is left to it
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     "configuration.md": configuration,
     "apis.md": apis,
     "engines.md": engines,
+    "routing.md": routing,
 }
 
 

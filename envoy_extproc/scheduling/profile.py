@@ -57,6 +57,11 @@ class Profile:
         parts = (picker, *(scorer for scorer, _ in self._scorers), *self._filters)
         self._remembering = tuple(part for part in parts if isinstance(part, Remembering))
 
+    @property
+    def fallback(self) -> str | None:
+        """The policy that decides when no scorer has data; None where there is none."""
+        return None if self._fallback is None else self._fallback.name
+
     def run(
         self,
         request: SchedulingRequest,

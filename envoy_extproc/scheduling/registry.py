@@ -1,4 +1,4 @@
-"""The policies by name. A new one is a row here, a row in docs/routing.md and a table in its test."""
+"""The policies by name. A new one is a row here, its words in `guide.py` and a table in its test."""
 
 from __future__ import annotations
 
@@ -78,6 +78,9 @@ _SCORING: Mapping[str, Callable[[], Scorer]] = {
 _PREFIX: tuple[str, ...] = ("prefix-cache", "prefix-cache-scorer")
 """Policies that go by what endpoints hold of a prompt, AIBrix's name and the endpoint picker's; they share one index. In a
 mixture they count as they are, too: spread out, a match of a hundredth of the prompt would count as a whole one."""
+
+AS_THEY_ARE: frozenset[str] = frozenset({*_OWN_SCALE, *_PREFIX})
+"""Policies whose scores are not spread over the whole of 0 to 1 in a mixture."""
 
 _PICKERS: Mapping[str, Callable[[], Picker]] = {
     "max-score-picker": MaxScorePicker,
@@ -196,7 +199,7 @@ class Policies(Mapping[str, Profile]):
             picker=picker(),
             fallback=self._fallback,
             mixed=True,
-            own_scale={*_OWN_SCALE, PrefixCacheScorer.name},
+            own_scale=AS_THEY_ARE,
         )
 
     def _by_prefix(self, name: str, bound: float) -> Profile:
