@@ -143,6 +143,8 @@ def _checked(scores: Iterable[float], candidates: Sequence[Candidate]) -> list[f
     if len(values) != len(candidates):
         count = "too many" if len(values) > len(candidates) else str(len(values))
         raise _BadScores(f"{count} scores for {len(candidates)} candidates")
+    if len([value for value in values if 0 <= value <= 1]) == len(values):  # as a rule, so it is to be quick
+        return list(map(float, values))
     for value, candidate in zip(values, candidates, strict=True):
         if not -_ROUNDING <= value <= 1 + _ROUNDING:
             raise _BadScores(f"{float(value):g} for {candidate.endpoint.name}: a score is from 0 to 1")
