@@ -208,11 +208,16 @@ async def test_explain_tells_what_will_be_and_leaves_no_trace(directory: Path) -
         assert sum(seen.path == CHAT for engine in engines for seen in engine.requests) == 5
 
 
+def dead_pod(name: str) -> dict[str, Any]:
+    """Nobody is at its address, and only requests find that out: an engine of no dialect is not scraped."""
+    address = f"127.0.0.1:{free_port()}"
+    return {"name": name, "address": address, "models": [MODEL], "engine": "generic"}
+
+
 async def test_dead_pods_cost_no_request(directory: Path) -> None:
-    dead = [{"name": f"dead-{n}", "address": f"127.0.0.1:{free_port()}", "models": [MODEL]} for n in range(2)]
+    dead = [dead_pod(f"dead-{number}") for number in range(2)]
     async with fast_engines(1) as engines:
-        config = {"engines": {"scrape_interval_ms": 60_000}}  # so that nobody but Envoy finds out
-        async with Gateway(directory, engines=engines, pods=dead, config=config) as gateway:
+        async with Gateway(directory, engines=engines, pods=dead) as gateway:
             async with aiohttp.ClientSession(gateway.url) as http:
                 ids = [new_id() for _ in range(8)]
                 for request_id in ids:
@@ -226,11 +231,9 @@ async def test_dead_pods_cost_no_request(directory: Path) -> None:
 
 
 async def test_a_pod_that_failed_is_passed_over_at_once(directory: Path) -> None:
-    dead = [{"name": "dead", "address": f"127.0.0.1:{free_port()}", "models": [MODEL]}]
-    config = {"engines": {"scrape_interval_ms": 60_000}}  # so that only requests find out
     async with (
         fast_engines(1) as engines,
-        Gateway(directory, engines=engines, pods=dead, config=config) as gateway,
+        Gateway(directory, engines=engines, pods=[dead_pod("dead")]) as gateway,
         aiohttp.ClientSession(gateway.url) as http,
     ):
         attempts = 1
@@ -288,11 +291,8 @@ async def test_retries_stay_with_the_model_and_the_pin(directory: Path, pinned: 
     """Envoy's own balancer, which knows of neither, would send the last tries to a pod that is alive."""
     model = MODEL if pinned else "another-model"
     address = f"127.0.0.1:{free_port()}"
-    dead = [{"name": "dead", "address": address, "models": [model]}]
-    config: dict[str, dict[str, Any]] = {
-        "routing": {"allow_pinning": pinned, "tries": 3},
-        "engines": {"scrape_interval_ms": 60_000},  # so that nobody but Envoy finds out
-    }
+    dead = [dead_pod("dead") | {"address": address, "models": [model]}]
+    config = {"routing": {"allow_pinning": pinned, "tries": 3}}
     async with fast_engines(1) as engines:
         async with Gateway(directory, engines=engines, pods=dead, config=config) as gateway:
             async with aiohttp.ClientSession(gateway.url) as http:

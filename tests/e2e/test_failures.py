@@ -368,12 +368,14 @@ async def answers(session: aiohttp.ClientSession, url: str) -> bool:
 
 async def test_pod_killed_in_the_middle_of_a_stream(directory: Path) -> None:
     ports = {"pod-a": free_port(), "pod-b": free_port()}
-    pods = [{"name": name, "address": f"127.0.0.1:{port}", "models": [MODEL]} for name, port in ports.items()]
+    pods: list[dict[str, Any]] = [
+        {"name": name, "address": f"127.0.0.1:{port}", "models": [MODEL]} for name, port in ports.items()
+    ]
     async with (
         engine_process(ports["pod-a"]) as a,
         engine_process(ports["pod-b"]) as b,
-        # One that hears of the death from nobody, and one that asks often.
-        Gateway(directory / "deaf", pods=pods, config={"engines": {"scrape_interval_ms": 60_000}}) as deaf,
+        # One that hears of the death from nobody, since it scrapes nobody, and one that asks often.
+        Gateway(directory / "deaf", pods=[pod | {"engine": "generic"} for pod in pods]) as deaf,
         Gateway(directory / "told", pods=pods, config={"engines": {"scrape_interval_ms": 50}}) as told,
         aiohttp.ClientSession() as http,
     ):

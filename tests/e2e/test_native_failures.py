@@ -184,12 +184,8 @@ async def test_first_pod_refuses_and_the_second_serves(directory: Path) -> None:
         async with canned() as first:
             gateway = Gateway(
                 directory,
-                pods=[first.pod("pod-1"), second.pod("pod-2")],
-                config={
-                    "responses": NATIVE,
-                    "engines": {"scrape_interval_ms": 60_000},
-                    "routing": {"policy": "round-robin"},
-                },
+                pods=[{**pod, "engine": "generic"} for pod in (first.pod("pod-1"), second.pod("pod-2"))],
+                config={"responses": NATIVE, "routing": {"policy": "round-robin"}},
             )
             await stack.enter_async_context(gateway)
         http = await stack.enter_async_context(aiohttp.ClientSession(gateway.url))
