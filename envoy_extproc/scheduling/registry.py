@@ -136,6 +136,7 @@ class Policies(Mapping[str, Profile]):
         )
         self._scorers |= dict.fromkeys(_PREFIX, PrefixCacheScorer(self.prefixes))
         self._scorers |= scorers
+        self._prefix_load = PrefixLoadFilter(self.prefixes, tuning.load_bound)
         self._mixes: dict[str, Profile] = {}
         self._fallback = self._scoring(_PLAIN, None)
         picking = {
@@ -146,7 +147,7 @@ class Policies(Mapping[str, Profile]):
             "random", filters=_filters("random"), picker=BoundedRandomPicker(tuning.load_bound)
         )
         scoring["bounded-load"] = self._scoring("bounded-load", by_chance)
-        prefix = {name: self._by_prefix(name, tuning.load_bound) for name in _PREFIX}
+        prefix = {name: self._by_prefix(name) for name in _PREFIX}
         self._profiles = picking | {_PLAIN: self._fallback} | scoring | prefix | {PAIRS: PairProfile()}
         self._profiles |= {name: self._scoring(name, self._fallback) for name in scorers}
 
@@ -189,10 +190,13 @@ class Policies(Mapping[str, Profile]):
 
     def _mixture(self, members: Collection[tuple[str, int]]) -> Profile:
         names = [name for name, _ in members]
+        filters = _filters(next((name for name in names if name in _READINESS), ""))
+        if any(name in _PREFIX for name in names):
+            filters.append(self._prefix_load)
         picker = next((_PICKERS[name] for name in names if name in _PICKERS), MaxScorePicker)
         return Profile(
             mixes.canonical(members),
-            filters=_filters(next((name for name in names if name in _READINESS), "")),
+            filters=filters,
             scorers=[
                 (self._scorers[name], float(weight)) for name, weight in members if name not in _PICKERS
             ],
@@ -202,10 +206,10 @@ class Policies(Mapping[str, Profile]):
             own_scale=AS_THEY_ARE,
         )
 
-    def _by_prefix(self, name: str, bound: float) -> Profile:
+    def _by_prefix(self, name: str) -> Profile:
         return Profile(
             name,
-            filters=[*_filters(name), PrefixLoadFilter(self.prefixes, bound)],
+            filters=[*_filters(name), self._prefix_load],
             scorers=[(self._scorers[name], 1.0)],
             picker=MaxScorePicker(),
             fallback=self._fallback,

@@ -281,11 +281,12 @@ def director(
     count: int = 3,
     in_flight: Mapping[str, int] | None = None,
     states: Mapping[str, EngineState] | None = None,
+    policy: str = "prefix-cache",
 ) -> Director:
     loads = {} if in_flight is None else in_flight
     made = Director(
         profiles=registry.build(registry.Tuning(prefix_rule=RULE)),
-        rules=RoutingRules(policy="prefix-cache"),
+        rules=RoutingRules(policy=policy),
         in_flight=lambda address: loads.get(address, 0),
         states={} if states is None else states,
         rng=random.Random(1),
@@ -307,9 +308,12 @@ def test_a_conversation_stays_where_it_began() -> None:
         assert sorted(scores.values) == [0.0] * 7 + [(turn - 1) / turn]
 
 
-def test_a_popular_prompt_spreads_before_a_pod_melts() -> None:
+@pytest.mark.parametrize(
+    "policy", ["prefix-cache", "prefix-cache:9,least-request", "prefix-cache-scorer:9,session-affinity"]
+)
+def test_a_popular_prompt_spreads_before_a_pod_melts(policy: str) -> None:
     loads: Counter[str] = Counter()
-    made = director(4, loads)
+    made = director(4, loads, policy=policy)
     for _ in range(80):
         loads[made.schedule(asking(blocks(8)), 0.0).chosen.endpoint.address] += 1
     assert len(loads) == 3  # as few as hold the prompt within the bound
