@@ -89,7 +89,7 @@ class PairProfile(Profile):
             raise NoReadyEndpoint(
                 "No roleset of this model has a prefill and a decode endpoint that are ready."
             )
-        prefill = [[self._busyness(each) for each in of.prefill] for of in rolesets]
+        prefill = self._busyness(rolesets)
         decode = [candidate for of in rolesets for candidate in of.decode]
         scores = _scores(rolesets, [min(of)[0] for of in prefill], max(map(max, prefill))[0])
         ordered = self._picker.pick(request, decode, scores, rng)
@@ -117,11 +117,20 @@ class PairProfile(Profile):
         if len(self._sent) > _REMEMBERED:
             del self._sent[next(iter(self._sent))]
 
-    def _busyness(self, candidate: Candidate) -> tuple[float, int]:
-        """The load of a prefill endpoint; of equals, the one that got its last request longest ago is less busy."""
+    def _busyness(self, rolesets: Sequence[_Roleset]) -> list[list[tuple[float, int]]]:
+        """The load of each prefill endpoint; of equals, the one that got its last request longest ago is less busy.
+
+        One whose engine does not tell counts as the busiest of those that do.
+        """
+        loads = [[self._load(each) for each in of.prefill] for of in rolesets]
+        worst = max([load for of in loads for load, _ in of if load is not None], default=0.0)
+        return [[(worst if load is None else load, turn) for load, turn in of] for of in loads]
+
+    def _load(self, candidate: Candidate) -> tuple[float | None, int]:
         sent, at = self._sent.get(candidate.endpoint.address, _NOTHING_SENT), _told_at(candidate)
+        load = _engine_load(candidate)
         since = sent.count if at is not None and sent.at == at else 0
-        return _engine_load(candidate) + since, sent.turn
+        return None if load is None else load + since, sent.turn
 
 
 def _scores(rolesets: Sequence[_Roleset], prefill: Sequence[float], busiest: float) -> Sequence[float]:
@@ -182,13 +191,14 @@ def _told_at(candidate: Candidate) -> float | None:
     return None if candidate.stats is None else candidate.stats.at
 
 
-def _engine_load(candidate: Candidate) -> float:
+def _engine_load(candidate: Candidate) -> float | None:
     stats = candidate.stats
-    return 0.0 if stats is None else (known(stats.running) or 0.0) + (known(stats.waiting) or 0.0)
+    running, waiting = (None, None) if stats is None else (known(stats.running), known(stats.waiting))
+    return None if running is None and waiting is None else (running or 0.0) + (waiting or 0.0)
 
 
 def _decode_load(candidate: Candidate) -> float:
-    return max(float(candidate.in_flight), _engine_load(candidate))
+    return max(float(candidate.in_flight), _engine_load(candidate) or 0.0)
 
 
 def _throughput(candidate: Candidate) -> float:

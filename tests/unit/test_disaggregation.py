@@ -65,6 +65,9 @@ P, D = "prefill", "decode"
         ([pod(1, P, None), pod(2, D, None)], ("pod-1", "pod-2")),  # without rolesets all are of one
         ([pod(1, P, running=2), pod(2, P, running=1), pod(3, D)], ("pod-2", "pod-3")),
         ([pod(1, P, running=1, waiting=3), pod(2, P, running=2), pod(3, D)], ("pod-2", "pod-3")),
+        # whose engine does not tell counts as the busiest of the others
+        ([pod(1, P), pod(2, P, running=1), pod(3, P, running=4), pod(4, D)], ("pod-2", "pod-4")),
+        ([pod(1, P, kv_cache_usage=0.1), pod(2, P, running=1), pod(4, P, waiting=4), pod(3, D)], ("pod-2", "pod-3")),
         ([pod(1, P), pod(2, D, in_flight=2), pod(3, D, in_flight=1)], ("pod-1", "pod-3")),
         ([pod(1, P), pod(2, D, running=9), pod(3, D, in_flight=5)], ("pod-1", "pod-3")),
         # 4/4 + 1/4 against 1/4 + 2/4: the sum decides, within a roleset alone
@@ -116,28 +119,28 @@ def test_the_pair(candidates: list[Candidate], chosen: tuple[str, str]) -> None:
         (
             [
                 pod(1, P, "a", running=17), pod(2, D, "a"),
-                pod(3, P, "b"), pod(4, D, "b", in_flight=15),
+                pod(3, P, "b", running=0), pod(4, D, "b", in_flight=15),
             ],
             ("pod-3", "pod-4"),
         ),
         (
             [
                 pod(1, P, "a", running=15), pod(2, D, "a"), pod(5, P, "a", running=16),
-                pod(3, P, "b"), pod(4, D, "b", in_flight=15),
+                pod(3, P, "b", running=0), pod(4, D, "b", in_flight=15),
             ],
             ("pod-1", "pod-2"),
         ),
         # decode: 16 apart, the idlest alone
         (
             [
-                pod(1, P, "a"), pod(2, D, "a", in_flight=17),
+                pod(1, P, "a", running=0), pod(2, D, "a", in_flight=17),
                 pod(3, P, "b", running=15), pod(4, D, "b", in_flight=1), pod(5, D, "b", in_flight=3),
             ],
             ("pod-3", "pod-4"),
         ),
         (
             [
-                pod(1, P, "a"), pod(2, D, "a", in_flight=12),
+                pod(1, P, "a", running=0), pod(2, D, "a", in_flight=12),
                 pod(3, P, "b", running=15), pod(4, D, "b"), pod(5, D, "b", in_flight=15),
             ],
             ("pod-1", "pod-2"),
