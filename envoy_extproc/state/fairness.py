@@ -90,14 +90,14 @@ class Fairness:
         self._pass_time(now)
         account = self._account(user)
         self._make_room(account)
-        lifted = self._lifted(account)
+        self._lift(account)
         under_way = self._under_way.get(account, 0)
         self._under_way[account] = under_way + 1
         output = prompt_tokens * _OUTPUT_PER_INPUT
         if max_output_tokens is not None:
             output = min(output, max_output_tokens)
         tokens = self._weighed(prompt_tokens, output)
-        self._add(account, tokens + lifted - self._totals.get(account, 0.0))
+        self._add(account, tokens)
         self._issued += 1
         ticket = f"{self._name}-{self._issued}"
         self._charges[ticket] = _Charge(account, self._slots[-1][0], tokens, now)
@@ -145,6 +145,16 @@ class Fairness:
         """A counter as it is, or would begin."""
         total = self._totals.get(account)
         return min(self._active.values(), default=0.0) if total is None else total
+
+    def _lift(self, account: str) -> None:
+        """One that begins had what the least served of those under way had, and when: both forget it at the same time."""
+        if account in self._totals or not self._active:
+            return
+        least = min(self._active, key=self._active.__getitem__)
+        self._totals[account] = self._active[least]
+        for _, slot in self._slots:
+            if least in slot:
+                slot[account] = slot[least]
 
     def _add(self, account: str, tokens: float) -> None:
         slot = self._slots[-1][1]

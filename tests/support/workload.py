@@ -117,6 +117,18 @@ def alike(
     return found
 
 
+def flood(heavy: float, light: float, seconds: float, *, seed: int) -> list[Arrival]:
+    """Requests of 500 tokens that have nothing in common, of two users at so many a second each."""
+    rng, found = random.Random(seed), list[Arrival]()
+    for user, rate in (("heavy", heavy), ("light", light)):
+        at = 0.0
+        while (at := at + rng.expovariate(rate)) < seconds:
+            number = len(found) + 1
+            asked = body([{"role": "user", "content": text(f"question {number} ", 500)}], 40)
+            found.append(Arrival(at=at, body=asked, headers={"user": user}, conversation=number))
+    return sorted(found, key=lambda each: each.at)
+
+
 @lru_cache(maxsize=512)
 def text(begin: str, tokens: int) -> str:
     """A text of so many tokens that is not like another that begins otherwise."""

@@ -19,7 +19,7 @@ from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.scheduling import registry
 from envoy_extproc.simulation.options import EngineOptions
 from tests.support.virtual_fleet import QUICK, Exchange, VirtualFleet, pod
-from tests.support.workload import Arrival, SharedPrefixes, alike
+from tests.support.workload import Arrival, SharedPrefixes, alike, flood
 
 PAGE = (Path(__file__).parents[2] / "docs" / "routing.md").read_text(encoding="utf-8")
 PODS = 8
@@ -133,7 +133,7 @@ def a_pod_comes(policy: str) -> float:
 
 
 @cache
-def flood(policy: str) -> VirtualFleet:
+def overrun(policy: str) -> VirtualFleet:
     """Nearly twice the requests that all pods together can serve."""
     run = fleet(policy, options=FULL)
     run.run(load(130, 4), until=4)
@@ -141,7 +141,7 @@ def flood(policy: str) -> VirtualFleet:
 
 
 def all_are_full(policy: str) -> float:
-    return busiest(between(flood(policy), 2, 4))
+    return busiest(between(overrun(policy), 2, 4))
 
 
 def one_is_silent(policy: str) -> float:
@@ -328,7 +328,31 @@ def test_conversations_stay_where_they_are(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", EVERY)
 def test_where_all_are_full_nobody_starves(policy: str) -> None:
-    found = between(flood(policy), 1, 4)
+    found = between(overrun(policy), 1, 4)
     shares = [share(found, f"pod-{number:02}") for number in range(1, PODS + 1)]
     assert min(shares) > 0.4
     assert max(shares) < 2
+
+
+# -- one user floods -----------------------------------------------------------------------------------------------
+
+
+def waits(policy: str, rate: float) -> Mapping[str, float]:
+    """Mean seconds to the first token of a user with so many requests a second, and of one with three."""
+    run = fleet(policy, options=FULL)
+    run.run(flood(rate, 3, 12, seed=1), until=60)
+    return {
+        user: mean(each.time_to_first_token or 0.0 for each in between(run, 3, 12) if each.user == user)
+        for user in ("heavy", "light")
+    }
+
+
+def test_a_light_user_waits_less_beside_one_who_floods() -> None:
+    alike_, fair = waits("least-request", 90), waits("vtc-basic", 90)
+    assert alike_["light"] > 0.5
+    assert fair["light"] < alike_["light"] / 10
+    assert fair["heavy"] < alike_["heavy"] * 2
+
+
+def test_below_what_pods_can_serve_that_has_its_price() -> None:
+    assert waits("vtc-basic", 65)["heavy"] > 1.5 * waits("least-request", 65)["heavy"]
