@@ -1,7 +1,8 @@
 """Engines that behave like a vLLM 0.32 server without a model: for demos, tests and replays.
 
     options.py       what an engine is started with; every default with its reason
-    service_time.py  the pure model: queue, batch, KV blocks, prefix cache; the clock is handed in
+    service_time.py  the pure model: queue, steps of the batch, preemption; the clock is handed in
+    kv_cache.py      its KV blocks and the prefix cache in them
     metrics.py       what the model counts, and the exposition of it
     requests.py      bodies in, values out; the refusals of vLLM
     faults.py        the header `x-simulate`

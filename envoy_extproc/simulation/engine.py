@@ -34,13 +34,13 @@ from envoy_extproc.simulation.delivery import Answer, Choice, StreamAnswer
 from envoy_extproc.simulation.faults import HEADER, NONE, Faults
 from envoy_extproc.simulation.metrics import exposition
 from envoy_extproc.simulation.options import EngineOptions as EngineOptions
-from envoy_extproc.simulation.requests import Refusal, read_embedding, read_generation
+from envoy_extproc.simulation.requests import Refusal, read_embedding, read_generation, rendered
 from envoy_extproc.simulation.service_time import Batch, QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from envoy_extproc.simulation.requests import Generation, Kind
+    from envoy_extproc.simulation.requests import Generation, Kind, Prompt
 
     Handler = Callable[[web.Request, bytes], Awaitable[web.StreamResponse]]
 
@@ -76,6 +76,7 @@ class Engine:
         self.faults = options.faults
         self.requests: deque[Received] = deque(maxlen=options.kept_requests)
         self._batch: Batch[Choice] = Batch(options)
+        self._started = time.time()
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0  # of the timer; uvloop's own handles do not always know
         self._runner: web.AppRunner | None = None
@@ -114,7 +115,7 @@ class Engine:
         return self._batch.gauges.waiting
 
     async def start(self) -> None:
-        """Listens.
+        """Listens; after `stop` it is a new process, with nothing cached and nothing counted.
 
         Raises:
             OSError: the port is taken.
@@ -131,6 +132,8 @@ class Engine:
             await runner.cleanup()
             raise
         self._runner = runner
+        self._batch = Batch(self.options)
+        self._started = time.time()
 
     async def stop(self) -> None:
         """Closes the listener and every connection, in the middle of answers too."""
@@ -174,20 +177,8 @@ class Engine:
             if due is not None and due <= now:
                 for choice in self._batch.step(now):
                     choice.answer.token(choice)
-                    if choice.finished:
-                        self._count(choice, now)
         finally:
             self._arm()
-
-    def _count(self, choice: Choice, now: float) -> None:
-        prefill = self._batch.prefill_seconds(choice.prompt_tokens - choice.cached_tokens)
-        self._batch.stats.request_ended(
-            queue=max(0.0, choice.ready_at - prefill - choice.arrived),
-            prefill=prefill,
-            decode=max(0.0, now - choice.ready_at),
-            prompt_tokens=choice.prompt_tokens,
-            generation_tokens=0 if choice.pooled else choice.generated,
-        )
 
     @staticmethod
     def _now() -> float:
@@ -301,15 +292,23 @@ class Engine:
             Choice(
                 index=index,
                 answer=answer,
-                words=Words(asked.seed + 7 * index, chat, faults.big_event, faults.lookalike),
+                words=(words := Words(asked.seed + 7 * index, chat, faults.big_event, faults.lookalike)),
                 tokens=asked.tokens,
                 finish_reason=asked.finish_reason,
                 prompt_tokens=prompt.tokens,
-                block_hashes=prompt.block_hashes(self.options.block_size),
+                block_hashes=self._hashes(asked, prompt, words),
             )
             for index, prompt in enumerate(prompt for prompt in asked.prompts for _ in range(asked.n))
         ]
         return answer.choices
+
+    def _hashes(self, asked: Generation, prompt: Prompt, words: Words) -> tuple[int, ...]:
+        """Of prompt and answer, as the next turn of the conversation has them in its prompt."""
+        if not self.options.prefix_caching:
+            return ()
+        text = words.whole(asked.tokens)
+        answer = rendered("assistant", text) if asked.kind == "chat" else text
+        return prompt.block_hashes(self.options.block_size, answer)
 
     async def _faults(self, request: web.Request) -> Faults:
         """The faults asked for; lets those happen that come before the request is looked at."""
@@ -329,12 +328,10 @@ class Engine:
 
     async def _models(self, request: web.Request, body: bytes) -> web.StreamResponse:
         permission = secrets.token_hex(8)
-        return _json(
-            models_answer(self.options.models, self.options.max_model_len, int(time.time()), permission)
-        )
+        return _json(models_answer(self.options.models, self.options.model_len, int(time.time()), permission))
 
     async def _load(self, request: web.Request, body: bytes) -> web.StreamResponse:
-        return _json(encode({"server_load": self.running + self.waiting}))
+        return _json(encode({"server_load": self._batch.unfinished}))
 
     async def _version(self, request: web.Request, body: bytes) -> web.StreamResponse:
         return _json(encode({"version": "0.32.0"}))
@@ -343,7 +340,7 @@ class Engine:
         return web.Response(headers=_HEADERS)
 
     async def _metrics(self, request: web.Request, body: bytes) -> web.StreamResponse:
-        text = exposition(self.options, self._batch.gauges, self._batch.stats)
+        text = exposition(self.options, self._batch.gauges, self._batch.stats, self._started)
         return web.Response(body=text, headers={**_HEADERS, "content-type": _EXPOSITION})
 
 

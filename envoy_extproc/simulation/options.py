@@ -20,10 +20,12 @@ class EngineOptions:
         ttft_seconds: time to the first token of a short prompt on an idle engine.
         tpot_seconds: time per output token of a batch of one; 0 streams as fast as readers read.
         max_running: sequences in the batch at once (vLLM's max_num_seqs).
-        kv_blocks: KV blocks on the simulated GPU (num_gpu_blocks).
+        max_batched_tokens: tokens computed in one step, of decodes and prefills together (max_num_batched_tokens).
+        kv_blocks: KV blocks on the simulated GPU (num_gpu_blocks); one of them is never given out, as in vLLM.
         block_size: tokens per KV block.
-        max_queued: requests that may wait before others are refused; None is no limit.
-        max_model_len: tokens of prompt and answer together.
+        prefix_caching: whether prompts share the blocks they have in common (enable_prefix_caching).
+        max_queued: requests that may wait before others are refused; None is no limit (max_num_queued_reqs).
+        max_model_len: tokens of prompt and answer together; see `model_len`.
         answer_tokens: length of an answer to which the request sets no limit.
         usage_null: write `"usage":null` in the events without usage once usage is asked for, as OpenAI does.
         kept_requests: how many received requests, the latest, stay in `Engine.requests`.
@@ -36,15 +38,31 @@ class EngineOptions:
     name: str = "engine"
     ttft_seconds: float = 0.05  # an 8B model on an A10 with a prompt of some 200 tokens
     tpot_seconds: float = 0.02  # 50 tokens per second, the same machine
-    max_running: int = 256  # vLLM's own default for a server
+    max_running: int = 256  # vLLM's own default for a server on less than 70 GB
+    max_batched_tokens: int = 2048  # likewise; 8192 on an H100, where a step of so many takes no longer
     kv_blocks: int = 4096  # 65,536 tokens: what an 8B model leaves free on 24 GB
     block_size: int = 16  # vLLM's default on CUDA
+    prefix_caching: bool = True  # vLLM's default
     max_queued: int | None = None  # vLLM's default: nobody is refused
     max_model_len: int = 8192  # Llama 3 8B's context
     answer_tokens: int = 64  # long enough to see it stream, short enough to wait for
     usage_null: bool = False  # vLLM 0.32 writes no usage key there
     kept_requests: int = 10_000  # a 2,000-stream test five times over
     faults: Faults = NONE  # an engine that works
+
+    def __post_init__(self) -> None:
+        if self.kv_blocks < 2:
+            raise ValueError("kv_blocks must be at least 2: one is never given out")
+        if self.max_batched_tokens < self.max_running:
+            raise ValueError(
+                f"max_batched_tokens ({self.max_batched_tokens}) must be at least max_running ({self.max_running}), "
+                "as every sequence of the batch may want a token"
+            )
+
+    @property
+    def model_len(self) -> int:
+        """`max_model_len`, or less where the KV blocks hold less: vLLM serves no request it cannot hold whole."""
+        return min(self.max_model_len, (self.kv_blocks - 1) * self.block_size)
 
     @property
     def fingerprint(self) -> str:

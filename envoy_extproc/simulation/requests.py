@@ -81,13 +81,19 @@ class Prompt:
     def _units_per_token(self) -> int:
         return CHARACTERS_PER_TOKEN if isinstance(self.units, str) else 1
 
-    def block_hashes(self, block_size: int) -> tuple[int, ...]:
-        """One hash for each full block of tokens; each covers the whole prompt up to the end of its block."""
+    def block_hashes(self, block_size: int, answer: str = "") -> tuple[int, ...]:
+        """One hash for each full block of tokens; each covers the whole prompt up to the end of its block.
+
+        Args:
+            block_size: tokens of a block.
+            answer: what a later prompt will have behind this one; nothing behind token ids.
+        """
+        units = self.units + answer if isinstance(self.units, str) else self.units
         size = block_size * self._units_per_token
         hashes: list[int] = []
         chained = 0
-        for end in range(size, len(self.units) + 1, size):
-            chained = hash((chained, self.units[end - size : end]))
+        for end in range(size, len(units) + 1, size):
+            chained = hash((chained, units[end - size : end]))
             hashes.append(chained)
         return tuple(hashes)
 
@@ -224,14 +230,16 @@ def _length(kind: Kind, fields: dict[str, Any], prompt: int, options: EngineOpti
     """Length of the answer and its finish_reason: a limit is always reached, without one the answer stops."""
     names = ("max_completion_tokens", "max_tokens") if kind == "chat" else ("max_tokens",)
     limit = next((value for name in names if (value := _integer(fields, name)) is not None), None)
-    room = options.max_model_len - prompt
+    room = options.model_len - prompt
     if limit is not None and limit < 1:
         raise _bad_limit(limit, "must be at least 1.")
-    if limit is not None and limit > options.max_model_len:
-        over = f"cannot be greater than max_model_len={options.max_model_len}. Please request fewer output tokens."
+    if limit is not None and limit > options.model_len:
+        over = (
+            f"cannot be greater than max_model_len={options.model_len}. Please request fewer output tokens."
+        )
         raise _bad_limit(limit, over)
     if room < (limit or 1):
-        length = f"This model's maximum context length is {options.max_model_len} tokens."
+        length = f"This model's maximum context length is {options.model_len} tokens."
         message = f"{length} However, your prompt has {prompt} tokens and asks for {limit or 1} more."
         raise Refusal(message, kind="BadRequestError", param="input_tokens")
     if limit is not None:
@@ -261,18 +269,22 @@ def _chat_prompts(fields: dict[str, Any]) -> tuple[Prompt]:
     if not isinstance(messages, list):
         message = "Input should be a valid list"
         raise _invalid({"type": "list_type", "loc": "body.messages", "msg": message, "input": messages})
-    return (Prompt("".join(_rendered(message) for message in messages)),)
+    return (Prompt("".join(_message(message) for message in messages)),)
 
 
-def _rendered(message: Any) -> str:
-    """The message's text behind its role, which is padded to the four tokens a message costs."""
+def _message(message: Any) -> str:
     if not isinstance(message, dict):
         fault = "Input should be a valid dictionary"
         raise _invalid({"type": "dict_type", "loc": "body.messages", "msg": fault, "input": message})
-    width = TOKENS_PER_MESSAGE * CHARACTERS_PER_TOKEN
     content = message.get("content") or ""
     parts = content if isinstance(content, list) else [content]
-    return f"{message.get('role', '')!s:<{width}.{width}}" + "".join(map(_part, parts))
+    return rendered(str(message.get("role", "")), "".join(map(_part, parts)))
+
+
+def rendered(role: str, text: str) -> str:
+    """A message as the model sees it: its text behind its role, which is padded to the four tokens a message costs."""
+    width = TOKENS_PER_MESSAGE * CHARACTERS_PER_TOKEN
+    return f"{role:<{width}.{width}}{text}"
 
 
 def _part(part: Any) -> str:
