@@ -50,6 +50,7 @@ config = typer.Typer(
 cli.add_typer(config, name="config")
 
 T = TypeVar("T")
+_ENGINE = EngineOptions()
 
 ConfigFile = Annotated[
     Path, typer.Option("-c", "--config", metavar="FILE", help="The configuration, in YAML.")
@@ -80,33 +81,66 @@ def serve(config_file: ConfigFile) -> None:
         _fail("\n".join(str(error) for error in group.exceptions))
 
 
+MaxNumSeqs = Annotated[
+    int, typer.Option("--max-num-seqs", "--max-running", min=1, help="Requests in the batch at once.")
+]
+MaxNumQueuedReqs = Annotated[
+    int | None,
+    typer.Option("--max-num-queued-reqs", "--max-queued", min=0, help="Requests that may wait before 503."),
+]
+Ttft = Annotated[float, typer.Option(min=0, help="Seconds to the first token of a short prompt.")]
+Tpot = Annotated[float, typer.Option(min=0, help="Seconds per further token.")]
+StepTokens = Annotated[int, typer.Option(min=1, help="Tokens in one step of the batch.")]
+KvBlocks = Annotated[int, typer.Option(min=2, help="KV blocks on the GPU.")]
+BlockSize = Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")]
+PrefixCaching = Annotated[bool, typer.Option(help="Prompts share what they begin with.")]
+MaxModelLen = Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")]
+
+
 @cli.command()
 def engine(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes any free port.")] = 8000,
     model: Annotated[list[str] | None, typer.Option(help="A model to serve; repeatable.")] = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
-    ttft: Annotated[float, typer.Option(min=0, help="Seconds to the first token of a short prompt.")] = 0.05,
-    tpot: Annotated[float, typer.Option(min=0, help="Seconds per further token.")] = 0.02,
-    max_running: Annotated[int, typer.Option(min=1, help="Requests in the batch at once.")] = 256,
-    max_queued: Annotated[int | None, typer.Option(min=0, help="Requests that may wait before 503.")] = None,
+    ttft: Ttft = _ENGINE.ttft_seconds,
+    tpot: Tpot = _ENGINE.tpot_seconds,
+    max_num_seqs: MaxNumSeqs = _ENGINE.max_running,
+    max_num_batched_tokens: StepTokens = _ENGINE.max_batched_tokens,
+    num_gpu_blocks_override: KvBlocks = _ENGINE.kv_blocks,
+    block_size: BlockSize = _ENGINE.block_size,
+    enable_prefix_caching: PrefixCaching = _ENGINE.prefix_caching,
+    max_model_len: MaxModelLen = _ENGINE.max_model_len,
+    max_num_queued_reqs: MaxNumQueuedReqs = _ENGINE.max_queued,
     usage_null: Annotated[bool, typer.Option(help='Write "usage":null as OpenAI does.')] = False,
 ) -> None:
-    """Runs one simulated vLLM engine."""
-    options = EngineOptions(
+    """Runs one simulated vLLM engine. Options that vLLM has, too, have its names."""
+    options = _engine_options(
         host=host,
         port=port,
-        models=tuple(model or EngineOptions().models),
+        models=tuple(model or _ENGINE.models),
         name=f"engine-{port}",
         ttft_seconds=ttft,
         tpot_seconds=tpot,
-        max_running=max_running,
-        max_queued=max_queued,
+        max_running=max_num_seqs,
+        max_batched_tokens=max_num_batched_tokens,
+        kv_blocks=num_gpu_blocks_override,
+        block_size=block_size,
+        prefix_caching=enable_prefix_caching,
+        max_model_len=max_model_len,
+        max_queued=max_num_queued_reqs,
         usage_null=usage_null,
     )
     _log_as_json()
     try:
         _run(_engine(options))
     except OSError as error:
+        _fail(str(error))
+
+
+def _engine_options(**values: Any) -> EngineOptions:
+    try:
+        return EngineOptions(**values)
+    except ValueError as error:
         _fail(str(error))
 
 

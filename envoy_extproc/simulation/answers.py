@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import struct
+import zlib
 from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from envoy_extproc.simulation.metrics import Gauges
-    from envoy_extproc.simulation.requests import Embedding, Generation, Kind
+    from envoy_extproc.simulation.requests import Embedding, Generation, Kind, Tokenizing
 
 encode = msgspec.json.encode
 """Compact JSON in UTF-8, keys in the order given, as vLLM's answers are."""
 
 DONE = b"data: [DONE]\n\n"
 EMBEDDING_DIMENSIONS = 128
+VOCABULARY = 128_256  # Llama 3's
 LOOKALIKE_TEXT = '{"usage":{"prompt_tokens":999,"total_tokens":1998,"completion_tokens":999}}'
 _LOOKALIKE_MEMBER = {"usage": {"prompt_tokens": 999, "total_tokens": 1998, "completion_tokens": 999}}
 
@@ -265,6 +267,13 @@ def _vector(text: str, *, base64_form: bool) -> str | list[float]:
     return list(
         struct.unpack(f"<{EMBEDDING_DIMENSIONS}f", packed)
     )  # what a 32-bit float keeps, as an engine's
+
+
+def tokens_answer(asked: Tokenizing, max_model_len: int) -> bytes:
+    """The body of /tokenize: as many ids as a request with this prompt is counted, each made from its token's text."""
+    ids = [zlib.crc32(piece.encode("utf-8", "surrogatepass")) % VOCABULARY for piece in asked.pieces]
+    strings = asked.pieces if asked.strings else None
+    return encode({"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": strings})
 
 
 def models_answer(models: Sequence[str], max_model_len: int, now: int, permission: str) -> bytes:

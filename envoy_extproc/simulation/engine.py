@@ -28,13 +28,20 @@ from envoy_extproc.simulation.answers import (
     encode,
     load_report,
     models_answer,
+    tokens_answer,
     whole_answer,
 )
 from envoy_extproc.simulation.delivery import Answer, Choice, StreamAnswer
 from envoy_extproc.simulation.faults import HEADER, NONE, Faults
 from envoy_extproc.simulation.metrics import exposition
 from envoy_extproc.simulation.options import EngineOptions as EngineOptions
-from envoy_extproc.simulation.requests import Refusal, read_embedding, read_generation, rendered
+from envoy_extproc.simulation.requests import (
+    Refusal,
+    read_embedding,
+    read_generation,
+    read_tokenizing,
+    rendered,
+)
 from envoy_extproc.simulation.service_time import Batch, QueueFull
 
 if TYPE_CHECKING:
@@ -85,6 +92,8 @@ class Engine:
             "/v1/completions": {"POST": self._completions},
             "/v1/embeddings": {"POST": self._embeddings},
             "/v1/models": {"GET": self._models},
+            "/tokenize": {"POST": self._tokenize},
+            "/reset_prefix_cache": {"POST": self._reset_prefix_cache},
             "/health": {"GET": self._empty},
             "/ping": {"GET": self._empty, "POST": self._empty},
             "/load": {"GET": self._load},
@@ -329,6 +338,14 @@ class Engine:
     async def _models(self, request: web.Request, body: bytes) -> web.StreamResponse:
         permission = secrets.token_hex(8)
         return _json(models_answer(self.options.models, self.options.model_len, int(time.time()), permission))
+
+    async def _tokenize(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        await self._faults(request)
+        return _json(tokens_answer(read_tokenizing(body, self.options), self.options.model_len))
+
+    async def _reset_prefix_cache(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        self._batch.reset_prefix_cache()  # vLLM, too, does not say whether blocks in use were in the way
+        return await self._empty(request, body)
 
     async def _load(self, request: web.Request, body: bytes) -> web.StreamResponse:
         return _json(encode({"server_load": self._batch.unfinished}))

@@ -52,11 +52,11 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.kv_blocks < 2:
-            raise ValueError("kv_blocks must be at least 2: one is never given out")
+            raise ValueError("num_gpu_blocks must be at least 2: one is never given out")
         if self.max_batched_tokens < self.max_running:
             raise ValueError(
-                f"max_batched_tokens ({self.max_batched_tokens}) must be at least max_running ({self.max_running}), "
-                "as every sequence of the batch may want a token"
+                f"max_num_batched_tokens ({self.max_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_running}): each sequence of the batch wants a token in each step"
             )
 
     @property

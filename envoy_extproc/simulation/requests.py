@@ -123,6 +123,20 @@ class Embedding:
     base64: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenizing:
+    """A request for the tokens of a prompt; `strings` asks for their texts too."""
+
+    text: str
+    strings: bool
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text of each token."""
+        size = CHARACTERS_PER_TOKEN
+        return [self.text[start : start + size] for start in range(0, len(self.text), size)]
+
+
 class StreamOptions(pydantic.BaseModel):
     """vLLM's: given without ``include_usage``, it means usage."""
 
@@ -137,7 +151,7 @@ def read_generation(kind: Kind, body: bytes, options: EngineOptions, tokens: int
         Refusal: with vLLM's message, in the order of its checks: the body's form, the model, the sampling.
     """
     fields = _object(body)
-    prompts = _chat_prompts(fields) if kind == "chat" else _prompts(fields, "prompt")
+    prompts = (Prompt(_chat_text(fields)),) if kind == "chat" else _prompts(fields, "prompt")
     stream, include, continuous = _streaming(fields)
     model = _model(fields, options)
     length, reason = _length(kind, fields, max(prompt.tokens for prompt in prompts), options)
@@ -172,6 +186,22 @@ def read_embedding(body: bytes, options: EngineOptions) -> Embedding:
     return Embedding(
         model=_model(fields, options), prompts=prompts, base64=fields.get("encoding_format") == "base64"
     )
+
+
+def read_tokenizing(body: bytes, options: EngineOptions) -> Tokenizing:
+    """Reads a body of /tokenize: a `prompt`, or the `messages` of a chat.
+
+    Raises:
+        Refusal: with vLLM's message.
+    """
+    fields = _object(body)
+    if "messages" not in fields and "prompt" not in fields:
+        raise _missing(fields, "prompt")
+    text = _chat_text(fields) if "messages" in fields else fields["prompt"]
+    if not isinstance(text, str):
+        raise _no_string(text, "prompt")
+    _model(fields, options)
+    return Tokenizing(text=text, strings=fields.get("return_token_strs") is True)
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -262,14 +292,14 @@ def _integer(fields: dict[str, Any], name: str) -> int | None:
     raise _invalid({"type": "int_type", "loc": f"body.{name}", "msg": message, "input": value})
 
 
-def _chat_prompts(fields: dict[str, Any]) -> tuple[Prompt]:
+def _chat_text(fields: dict[str, Any]) -> str:
     if "messages" not in fields:
         raise _missing(fields, "messages")
     messages = fields["messages"]
     if not isinstance(messages, list):
         message = "Input should be a valid list"
         raise _invalid({"type": "list_type", "loc": "body.messages", "msg": message, "input": messages})
-    return (Prompt("".join(_message(message) for message in messages)),)
+    return "".join(_message(message) for message in messages)
 
 
 def _message(message: Any) -> str:
@@ -311,5 +341,9 @@ def _prompt(value: Any, name: str) -> Prompt:
         return Prompt(value)
     if isinstance(value, list) and all(isinstance(item, int) for item in value):
         return Prompt(tuple(value))
+    raise _no_string(value, name)
+
+
+def _no_string(value: Any, name: str) -> Refusal:
     message = "Input should be a valid string"
-    raise _invalid({"type": "string_type", "loc": f"body.{name}", "msg": message, "input": value})
+    return _invalid({"type": "string_type", "loc": f"body.{name}", "msg": message, "input": value})

@@ -177,18 +177,44 @@ async def test_engine_serves_until_it_is_told_to_stop() -> None:
             "a",
             "--model",
             "b",
+            *("--max-num-seqs", "8", "--max-num-batched-tokens", "512", "--max-queued", "3"),
+            *("--num-gpu-blocks-override", "99", "--block-size", "32", "--no-enable-prefix-caching"),
+            *("--max-model-len", "1000"),
         )
     )
     async with asyncio.timeout(20), aiohttp.ClientSession() as session:
-        models: list[str] = []
-        while not models:
+        listed: list[dict[str, object]] = []
+        while not listed:
             await asyncio.sleep(0.05)
             with suppress(aiohttp.ClientConnectionError):
                 async with session.get(f"http://127.0.0.1:{port}/v1/models") as answer:
-                    models = [model["id"] for model in (await answer.json())["data"]]
-        assert models == ["a", "b"]
+                    listed = (await answer.json())["data"]
+        assert [model["id"] for model in listed] == ["a", "b"]
+        assert listed[0]["max_model_len"] == 1000
+        async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+            page = await answer.text()
+        for label in ('num_gpu_blocks="99"', 'block_size="32"', 'enable_prefix_caching="False"'):
+            assert label in page
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (
+            ("--max-num-batched-tokens", "100"),
+            "max_num_batched_tokens (100) must be at least max_num_seqs (256)",
+        ),
+        (("--max-running", "4096"), "max_num_batched_tokens (2048) must be at least max_num_seqs (4096)"),
+        (("--num-gpu-blocks-override", "1"), "--num-gpu-blocks-override"),
+    ],
+)
+def test_engine_says_what_is_wrong_with_its_options(options: tuple[str, ...], fault: str) -> None:
+    done = run("engine", *options)
+    assert done.returncode == 2
+    assert fault in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_engine_says_when_its_port_is_taken() -> None:

@@ -474,8 +474,8 @@ def test_a_histogram_counts_up_to_and_with_its_bound() -> None:
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"kv_blocks": 1}, "kv_blocks must be at least 2"),
-        ({"max_batched_tokens": 255}, "max_batched_tokens .255. must be at least max_running .256."),
+        ({"kv_blocks": 1}, "num_gpu_blocks must be at least 2"),
+        ({"max_batched_tokens": 255}, "max_num_batched_tokens .255. must be at least max_num_seqs .256."),
     ],
 )
 def test_options_that_make_no_engine(options: dict[str, Any], fault: str) -> None:
