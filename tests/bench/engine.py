@@ -111,7 +111,10 @@ _USAGE = _chunk(
     )
 )
 _END = _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-_JSON = _whole(b"application/json", (_ANSWER % _TEXT).encode())
+ANSWER = (_ANSWER % _TEXT).encode()
+"""An answer in JSON."""
+
+_JSON = _whole(b"application/json", ANSWER)
 _MODELS = _whole(
     b"application/json",
     b'{"object":"list","data":[{"id":"tiny","object":"model","created":1795250638,"owned_by":"vllm"}]}',

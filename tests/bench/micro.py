@@ -1,4 +1,7 @@
-"""What single steps cost inside this process: no Envoy, no gRPC, no event loop."""
+"""What single steps cost inside this process: no Envoy, no gRPC, no event loop.
+
+python -m tests.bench.micro        # ten seconds
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from envoy_extproc.exchange.events import (
     ResponseBody,
     ResponseHeaders,
     Scheduled,
+    StreamClosed,
 )
 from envoy_extproc.exchange.exchange import Exchange, ExchangeSettings
 from envoy_extproc.exchange.native import Facts
@@ -29,7 +33,7 @@ from envoy_extproc.scheduling.interfaces import SchedulingRequest
 from envoy_extproc.server import access_log, wire
 from envoy_extproc.server.director import Director, RoutingRules
 from tests.bench.client import Load, body
-from tests.bench.engine import MODEL, token
+from tests.bench.engine import ANSWER, MODEL, token
 
 _REPEATS = 5
 _SECONDS = 0.15  # of one repeat
@@ -38,6 +42,7 @@ _NOTES = (
     '{"streamed":true,"ended":true,"done":true,"tokens":80,"text":400,"delivered":16000,"first":1795250656000000,'
     '"last":1795250657000000,"removed":1,"oversized":0,"unreadable":0,"unread":"","failure":false}'
 )
+_JSON = body(Load(kind="closed-loop"))
 _STREAM = body(Load(kind="closed-loop", tokens=128))
 _PLAIN = token(" Option")
 _NULL_USAGE = token(" Option", ',"usage":null')
@@ -49,6 +54,7 @@ def figures() -> Iterator[tuple[str, float]]:
         yield f"core + SSE, {name}", _core(event)
         yield f"wire decode + encode, {name}", _wire(event, whole=False)
         yield f"those with parse and serialise, {name}", _wire(event, whole=True)
+    yield "core, a JSON exchange from the first message to the report", _exchange()
     yield "native lane, access-log entry to report", _entry()
     yield "request body of 2 KB, decode + rewrite", _rewrite()
     for count in (8, 100):
@@ -80,18 +86,42 @@ def _director(count: int) -> Director:
     return director
 
 
+_ASKED = Headers([(":method", "POST"), (":path", "/v1/chat/completions"), ("x-request-id", "id")])
+
+
 def _reading() -> Exchange:
     """An exchange in the middle of a stream from which usage is hidden."""
     director = _director(8)
     exchange = Exchange(ExchangeSettings(), director.lookup, lambda: "id")
-    asked = Headers([(":method", "POST"), (":path", "/v1/chat/completions"), ("x-request-id", "id")])
-    exchange.receive(RequestHeaders(0.0, asked, False))
+    exchange.receive(RequestHeaders(0.0, _ASKED, False))
     exchange.receive(RequestBody(0.0, _STREAM, True))
     decision = director.schedule(SchedulingRequest(model=MODEL), 0.0)
     exchange.receive(Scheduled(0.0, decision))
     answered = Headers([(":status", "200"), ("content-type", "text/event-stream; charset=utf-8")])
     exchange.receive(ResponseHeaders(0.0, answered, False, decision.order[0].address))
     return exchange
+
+
+def _exchange() -> float:
+    """All that the core does for an answer in JSON; the decision is given."""
+    director, settings = _director(8), ExchangeSettings()
+    decision = director.schedule(SchedulingRequest(model=MODEL), 0.0)
+    answered = Headers([(":status", "200"), ("content-type", "application/json"), ("content-length", "800")])
+    conversation = (
+        RequestHeaders(0.0, _ASKED, False),
+        RequestBody(0.0, _JSON, True),
+        Scheduled(0.0, decision),
+        ResponseHeaders(0.0, answered, False, decision.order[0].address),
+        ResponseBody(0.0, ANSWER, True),
+        StreamClosed(0.0),
+    )
+
+    def exchange() -> None:
+        receive = Exchange(settings, director.lookup, lambda: "id").receive
+        for event in conversation:
+            receive(event)
+
+    return microseconds(exchange)
 
 
 def _core(data: bytes) -> float:
@@ -163,3 +193,8 @@ def _rewrite() -> float:
 def _schedule(count: int) -> float:
     director, wanted = _director(count), SchedulingRequest(model=MODEL)
     return microseconds(lambda: director.schedule(wanted, 0.0))
+
+
+if __name__ == "__main__":
+    for name, cost in figures():
+        print(f"{cost:10.2f} us  {name}")
