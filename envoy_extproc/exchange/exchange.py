@@ -29,7 +29,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from envoy_extproc import orca
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.errors import (
     BadRequest,
@@ -38,7 +37,7 @@ from envoy_extproc.errors import (
     ModelNotFound,
     PayloadTooLarge,
 )
-from envoy_extproc.exchange import control, replies
+from envoy_extproc.exchange import control, reading, replies
 from envoy_extproc.exchange.commands import (
     HIDE_RESPONSE,
     PASS,
@@ -48,7 +47,6 @@ from envoy_extproc.exchange.commands import (
     Continue,
     Finish,
     Handover,
-    Heard,
     ListModels,
     LoadReport,
     Phase,
@@ -77,7 +75,7 @@ from envoy_extproc.exchange.states import State as State
 from envoy_extproc.headers import Headers
 from envoy_extproc.openai import request as openai_request
 from envoy_extproc.openai import routes
-from envoy_extproc.openai.answer import JsonReader, Reader, StreamReader
+from envoy_extproc.openai.answer import Reader
 from envoy_extproc.openai.prompt import Prompt
 from envoy_extproc.scheduling.interfaces import Decision
 
@@ -94,7 +92,6 @@ _PHASES: Mapping[type[Any], Phase] = {
 }
 _PASS_BODY = (PASS[Phase.RESPONSE_BODY],)
 _NO_HEADERS = Headers()
-_ENGINE_REPORT = (orca.HEADER, orca.BINARY_HEADER)  # for us; a client gets ours
 
 
 class Exchange:
@@ -322,17 +319,18 @@ class Exchange:
         record.answer_ended = event.end_of_stream
         moved = () if event.upstream is None else self._served(event.upstream)
         record.length = control.content_length(event.headers)
-        mode = self._start_reading(event)
+        self._reader, mode = reading.start(record, event, self._settings, hide_usage=self._hide_usage)
         self.state = State.HELD if self._reader is None else State.AWAIT_RESPONSE_BODY
+        rewritten = self._hide_usage and record.streamed and self._reader is not None
         reply = Continue(
             phase=Phase.RESPONSE_HEADERS,
             set_headers=replies.answer_headers(record, self._decision),
-            remove_headers=self._answer_removals(event.headers),
+            remove_headers=reading.removed_headers(event.headers, rewritten=rewritten),
             response_body=mode,
             load_report=self._load_report,
         )
         self._headers, self._decision = _NO_HEADERS, None  # not needed for the rest of a long stream
-        return (*moved, *_heard(event), reply)
+        return (*moved, *reading.heard(event), reply)
 
     def _served(self, address: str) -> Sequence[Serve]:
         """After a retry it was another endpoint than the chosen one that answered."""
@@ -342,47 +340,6 @@ class Exchange:
         if record.served_by is None or self._decision is None:
             return ()
         return () if record.served_by == self._decision.chosen.endpoint else (Serve(record.served_by),)
-
-    def _start_reading(self, event: ResponseHeaders) -> BodyMode | None:
-        """Sets up the reader if there is something to read; returns how the body is to come.
-
-        The mode is decided here and not with the request, where it could be too: only here it is known what comes,
-        and Envoy takes the `content-length` off an answer that it is to stream before it shows us the headers.
-        """
-        record = self.record
-        if record.inference is None or not record.accounting:
-            return None
-        good = record.status is not None and record.status < 300 and record.local_reply is None
-        if not good or event.end_of_stream:
-            return BodyMode.NONE
-        content_type = (event.headers.get("content-type") or "").partition(";")[0].strip().lower()
-        record.streamed = content_type == "text/event-stream"
-        if control.body_is_encoded(event.headers):
-            record.unread = "compressed"
-        elif record.streamed:
-            return self._read_stream()
-        elif content_type == "application/json":
-            return self._read_json()
-        elif not record.opaque:
-            record.unread = "content-type"
-        return BodyMode.NONE
-
-    def _read_stream(self) -> BodyMode:
-        limit = self._settings.max_event_bytes
-        self._reader = StreamReader(hide_usage=self._hide_usage, max_event_bytes=limit)
-        self.record.seen = self._reader.seen
-        return BodyMode.STREAMED
-
-    def _read_json(self) -> BodyMode:
-        self._reader = JsonReader(max_body_bytes=self._settings.max_json_bytes)
-        self.record.seen = self._reader.seen
-        return BodyMode.STREAMED
-
-    def _answer_removals(self, headers: Headers) -> tuple[str, ...]:
-        """An engine's own ORCA report is for us; a length does not hold for a stream that loses an event."""
-        rewritten = self._hide_usage and self.record.streamed and self._reader is not None
-        names = (*_ENGINE_REPORT, "content-length") if rewritten else _ENGINE_REPORT
-        return tuple(name for name in names if name in headers)
 
     def response_body(self, event: ResponseBody) -> Sequence[Command]:
         """What came of the answer in one read."""
@@ -507,9 +464,3 @@ NEXT: Mapping[State, Mapping[type[Any], frozenset[State]]] = {
     },
 }
 """Where each of these leads; `StreamClosed` leads to CLOSED from everywhere. Tests draw from it and hold it true."""
-
-
-def _heard(event: ResponseHeaders) -> tuple[Heard, ...]:
-    """What the engine told of its load; nothing where it told nothing, or Envoy answered itself."""
-    parsed = orca.of(event.headers)
-    return () if event.upstream is None or parsed is orca.ABSENT else (Heard(event.upstream, parsed),)
