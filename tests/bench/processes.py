@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 import yaml
 
-from envoy_extproc.simulation.stack import cpu_seconds, envoy_binary, free_port
+from envoy_extproc.simulation.stack import envoy_binary, free_port
 from tests.bench.client import Load, Result
 
 Process = asyncio.subprocess.Process
@@ -29,20 +29,25 @@ _POSIX_CPU_CLOCK_OF_A_PROCESS = 2
 
 
 def cpu(process: Process | None) -> float:
-    """CPU seconds of a process so far, all its threads: to the nanosecond on Linux, else what `stack` knows."""
+    """CPU seconds of a process so far, all its threads."""
     assert process is not None
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            # clock_getcpuclockid(3), which Python has for threads alone
-            return time.clock_gettime((~process.pid << 3) | _POSIX_CPU_CLOCK_OF_A_PROCESS)
-    return cpu_seconds(process)
+    return cpu_of(process.pid)
 
 
-def resident_bytes(process: Process | None) -> int:
+def cpu_of(pid: int) -> float:
+    """The same by the process's id: to the nanosecond on Linux; 0 elsewhere, and of a process that is gone."""
+    if sys.platform != "linux":
+        return 0.0
+    with contextlib.suppress(OSError):
+        # clock_getcpuclockid(3), which Python has for threads alone
+        return time.clock_gettime((~pid << 3) | _POSIX_CPU_CLOCK_OF_A_PROCESS)
+    return 0.0
+
+
+def resident_bytes(pid: int) -> int:
     """Memory a process has in RAM; 0 where /proc does not tell."""
-    assert process is not None
     try:
-        pages = Path(f"/proc/{process.pid}/statm").read_text("utf-8").split()[1]
+        pages = Path(f"/proc/{pid}/statm").read_text("utf-8").split()[1]
     except OSError:
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -10,7 +10,8 @@ import msgspec
 from rich import box
 from rich.table import Table
 
-from tests.bench.cases import JSON, LONG, PROMPT, SHORT, Case, Kind, Measured, messages_per_event
+from tests.bench.cases import JSON, LONG, PROMPT, SHORT, Measured
+from tests.bench.rounds import Case, Kind, messages_per_event
 from tests.bench.targets import NATIVE, NONE, PLAIN, STREAM
 
 _KIB = 1024

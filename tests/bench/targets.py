@@ -12,16 +12,19 @@ from typing import Any
 import msgspec
 
 from envoy_extproc.simulation.stack import Stack
-from tests.bench.processes import Process, cpu, plain_envoy, resident_bytes, samples
+from tests.bench.engine import MODEL, NULL_MODEL
+from tests.bench.hold import place
+from tests.bench.processes import cpu_of, plain_envoy, resident_bytes, samples
 
 PLAIN, NATIVE, STREAM, NONE, TWO = "plain", "native", "stream", "none", "native x2"
 
-_CONFIGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+CONFIGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     NATIVE: {},  # as it comes: `auto` is the native lane here
     STREAM: {"responses": {"accounting": "stream"}},
     NONE: {"responses": {"accounting": "none"}},
     TWO: {},
 }
+"""Of each variant, what stands in the configuration besides what a stack has there anyway."""
 _MESSAGES = re.compile(r"http\.ingress\.ext_proc\.envoy_extproc\.stream_msgs_sent:")
 _BOOKS = {
     "served": re.compile(r'envoy_extproc_requests_total\{.*outcome="success"'),
@@ -74,43 +77,58 @@ class Books(msgspec.Struct, frozen=True, kw_only=True):
         return counted and self.served == self.sent and self.ended == self.reported and not self.bypassed
 
 
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an Envoy and its servers are.
+
+    Attributes:
+        port: where clients connect.
+        envoy: its process id.
+        servers: theirs; none behind a plain Envoy.
+        envoy_admin: URL of Envoy's admin port; empty of a plain one.
+        admins: those of the servers.
+    """
+
+    port: int
+    envoy: int
+    servers: tuple[int, ...] = ()
+    envoy_admin: str = ""
+    admins: tuple[str, ...] = ()
+
+
 class Target:
     """One Envoy and its servers.
 
     Args:
         variant: its name in the table.
-        port: where clients connect.
-        envoy: Envoy's process.
-        stack: the rest; None for plain Envoy.
+        place: where they are.
 
     Attributes:
         sent: whole answers the client had by it.
     """
 
-    def __init__(self, variant: str, port: int, envoy: Process, stack: Stack | None = None) -> None:
+    def __init__(self, variant: str, place: Place) -> None:
         self.variant = variant
-        self.port = port
         self.sent = 0
-        self._envoy = envoy
-        self._stack = stack
+        self._place = place
 
     @property
-    def _servers(self) -> Sequence[Process | None]:
-        return () if self._stack is None else self._stack.servers
+    def port(self) -> int:
+        """Where clients connect."""
+        return self._place.port
 
     def cpu(self) -> Cost:
         """Used so far."""
-        return Cost(cpu(self._envoy), sum(map(cpu, self._servers)))
+        return Cost(cpu_of(self._place.envoy), sum(map(cpu_of, self._place.servers)))
 
     def resident(self) -> Cost:
         """Memory held now."""
-        return Cost(resident_bytes(self._envoy), sum(map(resident_bytes, self._servers)))
+        return Cost(resident_bytes(self._place.envoy), sum(map(resident_bytes, self._place.servers)))
 
     async def messages(self) -> float:
         """What Envoy has sent to the servers in ext_proc so far."""
-        if self._stack is None:
+        if not self._place.servers:
             return 0.0
-        lines = await samples(f"{self._stack.envoy_admin_url}/stats?filter=stream_msgs_sent")
+        lines = await samples(f"{self._place.envoy_admin}/stats?filter=stream_msgs_sent")
         return _sum(lines, _MESSAGES)
 
     async def books(self) -> Books:
@@ -121,12 +139,7 @@ class Target:
         return books
 
     async def _books(self) -> Books:
-        assert self._stack is not None
-        lines = [
-            sample
-            for number in range(len(self._servers))
-            for sample in await samples(f"{self._stack.admin_url(number)}/metrics")
-        ]
+        lines = [sample for admin in self._place.admins for sample in await samples(f"{admin}/metrics")]
         counts = {name: _sum(lines, pattern) for name, pattern in _BOOKS.items()}
         return msgspec.convert({"variant": self.variant, "sent": self.sent, **counts}, Books)
 
@@ -135,20 +148,28 @@ def _sum(lines: Sequence[tuple[str, float]], pattern: re.Pattern[str]) -> float:
     return sum(value for name, value in lines if pattern.match(name))
 
 
+def endpoints(ports: Sequence[int]) -> list[dict[str, Any]]:
+    """The canned engines on these ports, as in `discovery.static.endpoints`."""
+    models = [MODEL, NULL_MODEL]
+    return [
+        {"name": f"pod-{number}", "address": f"127.0.0.1:{port}", "models": models}
+        for number, port in enumerate(ports)
+    ]
+
+
 @contextlib.asynccontextmanager
-async def targets(directory: Path, endpoints: Sequence[Mapping[str, Any]]) -> AsyncIterator[list[Target]]:
+async def targets(directory: Path, pods: Sequence[Mapping[str, Any]]) -> AsyncIterator[list[Target]]:
     """All of them, each ready; plain Envoy first."""
     async with contextlib.AsyncExitStack() as running:
         stacks = {
             variant: await running.enter_async_context(
-                Stack(directory / variant, endpoints, config=config, servers=2 if variant == TWO else 1)
+                Stack(directory / variant, pods, config=config, servers=2 if variant == TWO else 1)
             )
-            for variant, config in _CONFIGS.items()
+            for variant, config in CONFIGS.items()
         }
         printed = (directory / NATIVE / "envoy.yaml").read_text("utf-8")
         plain, port = await running.enter_async_context(plain_envoy(directory, printed))
-        found = [Target(PLAIN, port, plain)]
-        for variant, stack in stacks.items():
-            assert stack.envoy is not None
-            found.append(Target(variant, stack.port, stack.envoy, stack))
-        yield found
+        found = [Target(PLAIN, Place(port=port, envoy=plain.pid))]
+        yield found + [
+            Target(variant, msgspec.convert(place(stack), Place)) for variant, stack in stacks.items()
+        ]
