@@ -10,6 +10,7 @@ import msgspec
 
 from envoy_extproc.endpoints import EngineStats
 from envoy_extproc.scheduling.interfaces import Candidate, Decision
+from envoy_extproc.scheduling.pickers import WeightedRandomPicker
 from envoy_extproc.scheduling.profile import totals
 
 Source = Literal["locked", "header", "profile", "model", "routing"]
@@ -132,12 +133,20 @@ def explain(
         decided_by=decision.decided_by,
         fallback_reason=decision.fallback_reason,
         missing=decision.missing,
-        weights={each.scorer: each.weight for each in decision.scores},
+        weights=_weights(decision),
         chosen=decision.chosen.endpoint.name,
         order=tuple([endpoint.name for endpoint in decision.order]),
         endpoints=tuple(rows),
         because=_sentences(decision, asked, rows),
     )
+
+
+def _weights(decision: Decision) -> Mapping[str, float]:
+    """By scorer; one that a mixture names twice, under an old name and a new one, has the sum."""
+    weights: dict[str, float] = {}
+    for each in decision.scores:
+        weights[each.scorer] = weights.get(each.scorer, 0.0) + each.weight
+    return weights
 
 
 def _rows(decision: Decision, candidates: Sequence[Candidate], left_out: Mapping[str, str]) -> Sequence[Row]:
@@ -208,6 +217,9 @@ def _choice(decision: Decision, rows: Sequence[Row]) -> str:
         return f"{name} is the only one left."
     if not decision.scores:
         return f"{decision.decided_by} picks {name}; it does not score."
+    whole = sum(row.total or 0.0 for row in rows)
+    if whole and WeightedRandomPicker.name in decision.decided_by:
+        return f"{name} is drawn by its total, {_number(rows[0].total)} of {_number(whole)} that all have."
     equals = [row for row in rows if row.total is not None and row.total == rows[0].total]
     if len(equals) == 1:
         return f"{name} has the best total, {_number(rows[0].total)}."

@@ -39,6 +39,12 @@ def explained(
     return explain(decision, asked, [*others, *candidates], model=MODEL, left_out=left_out or {})
 
 
+def explained_by_seed(policy: str, candidates: Sequence[Candidate], seed: int) -> str:
+    """Why the chosen one."""
+    decision = registry.build().find(policy).run(REQUEST, candidates, random.Random(seed))
+    return explain(decision, DEFAULT, candidates, model=MODEL).because[-1]
+
+
 def test_every_candidate_has_its_row() -> None:
     told = explained(
         "least-kv-cache:3,least-request:1",
@@ -84,6 +90,39 @@ def test_chance_is_called_chance() -> None:
     told = explained("least-request", [candidate(1), candidate(2)])
     assert told.because[-1].startswith("2 endpoints have the best total, 1.000; pod-")
     assert told.because[-1].endswith(" is chosen by chance.")
+
+
+def test_who_is_drawn_by_its_total_need_not_have_the_best() -> None:
+    candidates = [candidate(1, kv=0.7), candidate(2, kv=0.4), candidate(3, kv=0.9)]
+    last = {
+        explained_by_seed("kv-cache-utilization-scorer,weighted-random-picker", candidates, seed)
+        for seed in range(60)
+    }
+    assert last == {
+        "pod-1 is drawn by its total, 0.300 of 1.000 that all have.",
+        "pod-2 is drawn by its total, 0.600 of 1.000 that all have.",
+        "pod-3 is drawn by its total, 0.100 of 1.000 that all have.",
+    }
+    full = [candidate(1, kv=1.0), candidate(2, kv=1.0)]
+    last = {
+        explained_by_seed("kv-cache-utilization-scorer,weighted-random-picker", full, seed)
+        for seed in range(60)
+    }
+    assert last == {
+        "2 endpoints have the best total, 0.000; pod-1 is chosen by chance.",
+        "2 endpoints have the best total, 0.000; pod-2 is chosen by chance.",
+    }
+
+
+def test_a_scorer_under_two_names_weighs_what_both_do() -> None:
+    told = explained(
+        "least-gpu-cache:1,least-kv-cache:3,least-request:4", [candidate(1, kv=0.2), candidate(2, kv=0.6)]
+    )
+    assert told.weights == {"least-kv-cache": 4.0, "least-request": 4.0}
+    assert [(row.scores, row.total) for row in told.endpoints] == [
+        ({"least-kv-cache": 1.0, "least-request": 1.0}, 1.0),
+        ({"least-kv-cache": 0.0, "least-request": 1.0}, 0.5),
+    ]
 
 
 @pytest.mark.parametrize(
