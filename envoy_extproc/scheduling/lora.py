@@ -25,16 +25,16 @@ def adapters(states: Iterable[EngineState]) -> frozenset[str]:
 def readiness(model: str | None, candidate: Candidate) -> float | None:
     """How ready an engine is to run an adapter (the levels are the endpoint picker's); None where it does not tell.
 
-    1.0: the adapter is in the running batch. 0.8: the batch has room for one more. 0.6: the adapter waits already.
-    0.0: its requests have to wait until another adapter is through.
+    1.0: the adapter is in the running batch. 0.8: the batch has room for one more beside those that run or wait. 0.6: the
+    adapter waits already. 0.0: its requests have to wait until another adapter is through. One that both runs and waits takes
+    one place; the endpoint picker counts it twice.
     """
     stats = candidate.stats
     if stats is None or stats.loras is None:
         return None
     if model in stats.loras:
         return 1.0
-    if stats.max_loras is not None and len(stats.loras) < stats.max_loras:
+    waiting = stats.waiting_loras or frozenset()
+    if stats.max_loras is not None and len(stats.loras | waiting) < stats.max_loras:
         return 0.8
-    if stats.waiting_loras is not None and model in stats.waiting_loras:
-        return 0.6
-    return 0.0
+    return 0.6 if model in waiting else 0.0

@@ -256,6 +256,13 @@ def engine(
         (engine("", "lora-1"), 0.8),
         (engine("lora-2 lora-3", "lora-1"), 0.6),
         (engine("lora-2 lora-3"), 0.0),
+        (engine("lora-2", "lora-3"), 0.0),  # one that waits has the last place
+        (engine("lora-2", "lora-1"), 0.6),  # it may be this one
+        (
+            engine("lora-2", "lora-2"),
+            0.8,
+        ),  # of one that runs some requests may wait, which takes no other place
+        (engine("lora-2", "lora-2 lora-3", most=3), 0.8),
         (engine("", most=None), 0.0),
         (engine("", "lora-1", most=None), 0.6),
         (Candidate(endpoint(1)), None),
