@@ -15,6 +15,7 @@ turn would not have it as a block of its own.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,16 @@ TOKEN_BYTES = 4
 _TURN, _PART, _REST = b"\xff", b"\xfe", b"\xfd"  # which are in no text, since that is UTF-8
 _WHOLE_BYTES = 1_048_576
 """Longer members are read turn by turn, and only as far as they are hashed."""
+
+_MOST_VALUES = 200_000
+"""Commas and opening brackets of a member outside its texts: with more it is not read. Each makes one value, of a microsecond
+and a hundred bytes, while all else waits; a prompt of a million tokens has some thousands."""
+
+_MOST_SEARCHED = 8 * _WHOLE_BYTES
+"""Bytes of a member that are searched for texts to tell these from."""
+
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_NUMBERS = b"0123456789[], \t\r\n"
 
 _TEXTS = (None, "text", "input_text", "output_text")  # no set: a client may write anything there
 _SAID = ("tool_use", "thinking", "redacted_thinking", "reasoning_text", "summary_text", "refusal")
@@ -175,10 +186,11 @@ def _turns(raw: msgspec.Raw, *, bare: bool) -> Iterator[bytes]:
 
 def _elements(raw: msgspec.Raw) -> Any:
     """The elements of a long list one by one; the value itself where it is no list."""
+    text = _bounded(raw)
     try:
-        elements = _ELEMENTS.decode(raw)
+        elements = _ELEMENTS.decode(text)
     except lenient.Malformed:
-        return _value(raw)
+        return lenient.decode(_ANY, text)
     if (
         len(elements) * 2 * TOKEN_BYTES > len(raw) // 4
     ):  # token ids, or nearly: each by itself would take a microsecond
@@ -187,7 +199,30 @@ def _elements(raw: msgspec.Raw) -> Any:
 
 
 def _value(raw: msgspec.Raw) -> Any:
-    return lenient.decode(_ANY, bytes(raw))
+    return lenient.decode(_ANY, _bounded(raw))
+
+
+def _bounded(raw: msgspec.Raw) -> bytes:
+    """`raw`, which has no more values than are built here; of token ids, which are quick to read, as many as that.
+
+    Raises:
+        ValueError: it may have more.
+    """
+    text = bytes(raw)
+    if len(text) <= _MOST_VALUES or _marks(text) <= _MOST_VALUES:
+        return text
+    if not text.translate(None, _NUMBERS):
+        head = b",".join(text.split(b",", _MOST_VALUES)[:-1])
+        return head + b"]" * (head.count(b"[") - head.count(b"]"))
+    searched = len(text) <= _MOST_SEARCHED and text.count(b'"') <= _MOST_VALUES
+    if searched and _marks(_STRINGS.sub(b"", text)) <= _MOST_VALUES:
+        return text
+    raise ValueError("more values than a prompt has")
+
+
+def _marks(text: bytes) -> int:
+    """At least as many as there are values in it, but for one."""
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def _turn(role: object, message: Mapping[str, Any]) -> Iterator[bytes]:

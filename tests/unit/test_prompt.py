@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -344,20 +345,61 @@ def test_the_text_is_let_go_once_it_is_read() -> None:
     assert prompt.hashes(RULE, MODEL) is first
 
 
-@pytest.mark.parametrize("turns", [3, 70_000])
+@pytest.mark.parametrize("turns", [3, 30_000])
 def test_long_conversations_are_read_as_far_as_they_are_hashed(turns: int) -> None:
     said = [user(f"{number}: {LONG}") for number in range(turns)]
     rule = BlockRule(tokens=4, most=14)
     assert hashes({"messages": said}, rule=rule) == hashes({"messages": said[:3]}, rule=rule)
 
 
-@pytest.mark.parametrize("prompt", [[7] * 600_000, "x" * 2_000_000, [[7, 8] * 300_000], ["ab"] * 400_000])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [7] * 600_000,
+        "x" * 2_000_000,
+        "a,[{" * 500_000,
+        [[7, 8] * 300_000],
+        [[7]] * 600_000,
+        ["ab" * 10] * 90_000,
+    ],
+)
 def test_long_prompts_are_read_like_short_ones(prompt: Any) -> None:
     short = prompt[:1000] if len(prompt) > 1 else [prompt[0][:1000]]
     rule = BlockRule(tokens=4, most=10)
     long = hashes({"prompt": prompt}, "/v1/completions", rule=rule)
     assert len(long) == 10
     assert long == hashes({"prompt": short}, "/v1/completions", rule=rule)
+
+
+MANY = 5_000_000  # bytes
+
+
+@pytest.mark.parametrize("name", ["messages", "tools"])
+@pytest.mark.parametrize(
+    ("before", "value", "behind"),
+    [
+        (b"[", b"{}", b"]"),
+        (b"[", b'""', b"]"),
+        (b'[{"role":"user","content":[', b"{}", b"]}]"),
+        (b'[{"role":"user","content":{"a":[', b'{"b":[]}', b"]}}]"),
+        (b'{"a":[', b"[null]", b"]}"),
+    ],
+)
+def test_what_would_take_many_times_its_size_is_not_built(
+    name: str, before: bytes, value: bytes, behind: bytes
+) -> None:
+    raw = msgspec.Raw(before + b",".join([value] * (MANY // len(value))) + behind)
+    tracemalloc.start()
+    try:
+        assert not Prompt({name: raw}).hashes(RULE, MODEL)
+        assert tracemalloc.get_traced_memory()[1] < 6 * MANY  # copies of the text
+    finally:
+        tracemalloc.stop()
+
+
+def test_images_are_long_and_few() -> None:
+    said = [user([image("x,[{" * 500_000)])]
+    assert len(hashes({"messages": said})) > 0
 
 
 TURNS = st.lists(
