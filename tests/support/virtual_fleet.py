@@ -37,8 +37,9 @@ from envoy_extproc.scheduling.interfaces import Decision, SchedulingRequest
 from envoy_extproc.scheduling.registry import Tuning
 from envoy_extproc.server.director import Director, RoutingRules
 from envoy_extproc.simulation import service_time
+from envoy_extproc.simulation.answers import Words
 from envoy_extproc.simulation.options import EngineOptions
-from envoy_extproc.simulation.requests import read_generation
+from envoy_extproc.simulation.requests import read_generation, rendered
 from envoy_extproc.simulation.service_time import Batch
 from envoy_extproc.state.breakers import BreakerRules, Breakers
 from envoy_extproc.state.fairness import Fairness
@@ -53,7 +54,7 @@ _SCRAPES = ScrapeSettings()
 _HANDED_OVER_TOKENS = 16
 """What a decode pod computes of a prompt whose KV cache a prefill pod computed."""
 
-QUICK = EngineOptions(ttft_seconds=0.02, tpot_seconds=0.02, max_running=32)
+QUICK = EngineOptions(ttft_seconds=0.01, tpot_seconds=0.02, max_running=64)
 """Engines that prefill 50,000 tokens a second: with prompts of 500 tokens, half a minute of them is soon simulated."""
 
 
@@ -132,15 +133,17 @@ class Pod:
         alive: whether it accepts connections.
         telling: whether its page can be read; an answer that is no page comes where not.
         most: sequences it had at once, at most.
+        started: when its engine did.
     """
 
-    def __init__(self, endpoint: Endpoint, options: EngineOptions) -> None:
+    def __init__(self, endpoint: Endpoint, options: EngineOptions, started: float) -> None:
         self.endpoint = endpoint
         self.batch: Batch[Work] = Batch(options)
         self.work: dict[Work, None] = {}
         self.alive = True
         self.telling = True
         self.most = 0
+        self.started = started
         self.interval = _SCRAPES.interval
         self.chosen = False
         self.reading: Reading | None = None
@@ -212,7 +215,7 @@ class VirtualFleet:
     def add(self, *endpoints: Endpoint) -> None:
         """Discovery lists these too from now on; each engine is new."""
         for endpoint in endpoints:
-            new = self.pods[endpoint.name] = Pod(endpoint, self._options)
+            new = self.pods[endpoint.name] = Pod(endpoint, self._options, self.now)
             self._endpoints[endpoint.address] = endpoint
             self.states[endpoint.address] = EngineState()
             self._scrape_at(new, self.now + self._rng.uniform(0, _SCRAPES.interval))
@@ -238,7 +241,7 @@ class VirtualFleet:
 
     def revive(self, name: str) -> None:
         """It is back, and its caches are empty."""
-        self.pods[name].alive = True
+        self.pods[name].alive, self.pods[name].started = True, self.now
 
     def silence(self, *names: str, silent: bool = True) -> None:
         """Their pages cannot be read from now on, or can be again."""
@@ -386,7 +389,6 @@ class VirtualFleet:
                 work.first()
         if work.finished:
             del pod.work[work]
-            _count(pod.batch, work, self.now)
             exchange.tokens = work.generated
             work.done()
 
@@ -410,7 +412,7 @@ class VirtualFleet:
         address = pod.endpoint.address
         before, in_use = self.states[address], pod.chosen or self.in_flight.count(address) > 0
         if pod.alive and pod.telling:
-            pod.reading = read(DIALECTS["vllm"], page(pod.batch), self.now, pod.reading)
+            pod.reading = read(DIALECTS["vllm"], page(pod), self.now, pod.reading)
             self._pace(pod, busy=in_use or has_work(pod.reading.stats))
             self.states[address] = EngineState(stats=pod.reading.stats, interval=pod.interval)
         else:
@@ -439,15 +441,16 @@ def pod(number: int, **labels: str) -> Endpoint:
     )
 
 
-def page(batch: Batch[Work]) -> bytes:
+def page(pod: Pod) -> bytes:
     """What the engine's page says, as far as it is read: the real page takes ten times as long to write."""
-    gauges, stats = batch.gauges, batch.stats
+    gauges, stats = pod.batch.gauges, pod.batch.stats
     values: dict[str, float] = {
         "num_requests_running": gauges.running,
         "num_requests_waiting": gauges.waiting,
         "kv_cache_usage_perc": gauges.kv_cache_usage,
         "prefix_cache_queries_total": stats.prefix_queries,
         "prefix_cache_hits_total": stats.prefix_hits,
+        "prompt_tokens_cached_total": stats.cached_tokens,
         "prompt_tokens_total": stats.prompt_tokens,
         "generation_tokens_total": stats.generation_tokens,
         "request_success_total": sum(stats.finished.values()),
@@ -463,24 +466,15 @@ def page(batch: Batch[Work]) -> bytes:
     ):
         values[f"{name}_sum"] = histogram.total
         values[f"{name}_count"] = sum(histogram.counts)
-    return "".join([f"vllm:{name} {value}\n" for name, value in values.items()]).encode()
-
-
-def _count(batch: Batch[Work], work: Work, now: float) -> None:
-    """As the simulated engine counts a request that is over."""
-    prefill = batch.prefill_seconds(work.prompt_tokens - work.cached_tokens)
-    batch.stats.request_ended(
-        queue=max(0.0, work.ready_at - prefill - work.arrived),
-        prefill=prefill,
-        decode=max(0.0, now - work.ready_at),
-        prompt_tokens=work.prompt_tokens,
-        generation_tokens=work.generated,
-    )
+    lines = [f"vllm:{name} {value}\n" for name, value in values.items()]
+    lines.append(f"process_start_time_seconds {pod.started}\n")
+    return "".join(lines).encode()
 
 
 @lru_cache(maxsize=8192)
-def _prompt(arrival_body: bytes, options: EngineOptions) -> tuple[int, tuple[int, ...], int]:
-    """Tokens of the prompt, its blocks, tokens of the answer: as the engine reads a body."""
-    asked = read_generation("chat", arrival_body, options)
+def _prompt(body: bytes, options: EngineOptions) -> tuple[int, tuple[int, ...], int]:
+    """Tokens of the prompt, blocks of prompt and answer, tokens of the answer: as the engine reads a body."""
+    asked = read_generation("chat", body, options)
     (prompt,) = asked.prompts
-    return prompt.tokens, prompt.block_hashes(options.block_size), asked.tokens
+    answer = rendered("assistant", Words(asked.seed, chat=True).whole(asked.tokens))
+    return prompt.tokens, prompt.block_hashes(options.block_size, answer), asked.tokens

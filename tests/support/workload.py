@@ -10,6 +10,7 @@ from itertools import accumulate
 
 import msgspec
 
+from envoy_extproc.simulation.answers import Words
 from tests.support.builders import MODEL
 
 _WORD_BYTES = 8  # two tokens, as the simulated engine and the index count them
@@ -35,7 +36,7 @@ class SharedPrefixes(msgspec.Struct, frozen=True, kw_only=True):
     """Conversations that begin with one of several system prompts, some of which are much more popular than others.
 
     Conversations begin at random times (Poisson); each turn comes some seconds after the last one, whatever the answers take,
-    so every policy meets the same requests at the same times. What the assistant said stands in a turn as the client has it.
+    so every policy meets the same requests at the same times. A turn holds those before it and what the simulated engine answered.
 
     Attributes:
         rate: requests a second, on average.
@@ -79,10 +80,10 @@ class SharedPrefixes(msgspec.Struct, frozen=True, kw_only=True):
         for turn in range(self.turns):
             name = f"{self.salt} conversation {number} turn {turn} "
             messages.append({"role": "user", "content": text(name, self._length(turn, system))})
-            yield Arrival(
-                at=at, body=body(messages, self.answer_tokens), headers=headers, conversation=number
-            )
-            messages.append({"role": "assistant", "content": text(f"{name} answer ", self.answer_tokens)})
+            asked = body(messages, self.answer_tokens, seed=turn + 1)
+            yield Arrival(at=at, body=asked, headers=headers, conversation=number)
+            answer = Words(turn + 1, chat=True).whole(self.answer_tokens)
+            messages.append({"role": "assistant", "content": answer})
             at += self.think_seconds * (0.5 + rng.expovariate(2.0))
 
     def _system(self, number: int, rng: random.Random) -> str | None:
@@ -137,7 +138,7 @@ def text(begin: str, tokens: int) -> str:
     return "".join(words)[:length]
 
 
-def body(messages: list[dict[str, str]], answer_tokens: int) -> bytes:
-    """A chat request that streams."""
-    asked = {"model": MODEL, "messages": messages, "max_tokens": answer_tokens, "stream": True}
+def body(messages: list[dict[str, str]], answer_tokens: int, seed: int = 1) -> bytes:
+    """A chat request that streams; by the `seed`, 1 or more, the simulated engine's answer is known beforehand."""
+    asked = {"model": MODEL, "messages": messages, "max_tokens": answer_tokens, "stream": True, "seed": seed}
     return msgspec.json.encode(asked)

