@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from envoy_extproc import mixes
 from envoy_extproc.endpoints import Endpoint, EngineStats, Snapshot
 from envoy_extproc.errors import BadPin, BadSelector, ModelNotFound, NoReadyEndpoint
+from envoy_extproc.openai.prompt import Prompt
 from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.filters import ReachableFilter
 from envoy_extproc.scheduling.interfaces import (
@@ -23,10 +25,11 @@ from envoy_extproc.scheduling.interfaces import (
     Remembering,
     SchedulingRequest,
     Scorer,
+    Standing,
 )
 from envoy_extproc.scheduling.pickers import MaxScorePicker, PowerOfTwoPicker, RandomPicker, RoundRobinPicker
 from envoy_extproc.scheduling.pool import left_out, pool
-from envoy_extproc.scheduling.profile import Profile
+from envoy_extproc.scheduling.profile import Profile, totals
 from envoy_extproc.scheduling.scorers import LeastKvCacheScorer, LeastRequestScorer
 from tests.support.builders import MODEL, candidate, endpoint
 
@@ -429,7 +432,7 @@ def told(numbers: st.SearchStrategy[float]) -> st.SearchStrategy[EngineStats]:
 
 CANDIDATES = st.lists(
     st.tuples(
-        st.integers(0, 100),
+        st.integers(0, 100) | st.sampled_from([0, 10**6]),
         st.none() | told(st.floats()) | told(st.sampled_from([0.0, 0.5, 1.0, 100.0, 1e-300, 1e14])),
         st.booleans(),
     ),
@@ -447,6 +450,18 @@ REQUESTS = st.builds(
     prompt_tokens=st.integers(0, 10**6) | st.just(10**400),
     max_output_tokens=st.none() | st.integers(-1, 10**6) | st.just(10**400),
     adapter=st.booleans(),
+    prompt=st.none()
+    | st.binary(max_size=2000).map(lambda text: Prompt({"prompt": msgspec.Raw(text)}))
+    | st.integers(0, 3).map(
+        lambda number: Prompt({"prompt": msgspec.Raw(b'"%s"' % (b"%d" % number * 2000))})
+    ),
+    user=st.none() | st.text(max_size=3),
+    session=st.none() | st.sampled_from(["", "10.0.0.1:8000", "10.0.0.3:8000", "nobody"]),
+    session_key=st.none() | st.binary(max_size=3),
+    standing=st.none()
+    | st.lists(st.floats(0, 1e15) | st.just(0.0), min_size=3, max_size=3).map(
+        lambda three: Standing(own=sorted(three)[1], least=min(three), most=max(three))
+    ),
 )
 MIXES = st.lists(
     st.tuples(
@@ -484,6 +499,20 @@ def test_what_holds_of_every_decision(
         assert decision.chosen.reachable
     elif not request_.adapter:
         assert set(left) == everyone
+
+
+@given(CANDIDATES, REQUESTS, ANY_POLICY, st.integers(0, 1000))
+def test_the_best_total_is_chosen_and_of_equals_who_has_the_least_to_do(
+    candidates: list[Candidate], request_: SchedulingRequest, policy: str, seed: int
+) -> None:
+    decision = registry.build().find(policy).run(request_, candidates, random.Random(seed))
+    if not decision.scores:
+        return  # chance, or whose turn it is
+    total = totals(decision.scores, len(decision.candidates))
+    assert all(math.isfinite(each) and 0 <= each <= 1 + 1e-9 for each in total)
+    best = [each for each, mine in zip(decision.candidates, total, strict=True) if mine == max(total)]
+    assert decision.chosen.in_flight == min(each.in_flight for each in best)
+    assert any(decision.chosen is each for each in best)
 
 
 @given(CANDIDATES, ANY_POLICY, st.integers(0, 1000))
