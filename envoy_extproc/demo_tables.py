@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from envoy_extproc.simulation.comparison import CONVERSATIONS, QUESTIONS, Compared
 from envoy_extproc.simulation.demo import MODEL, Outcome
 from envoy_extproc.simulation.stack import Stack
 
@@ -24,6 +25,7 @@ _COLUMNS = (
     ("usage", 11, "left"),
     ("outcome", 24, "left"),
 )
+_BAR = 16  # characters of a bar that means all
 _COLOURS = {"success": "green", "refused": "yellow", "aborted": "magenta", "error": "red"}
 
 
@@ -72,6 +74,21 @@ class DemoTables:
             self._console.print(
                 Text(f"    the client saw: {outcome.message[:140]}", style="dim"), soft_wrap=True
             )
+
+    def comparison(self, compared: Sequence[Compared]) -> None:
+        """See `Narrator`."""
+        self._console.print(f"\n[bold]{CONVERSATIONS} conversations, had again by each policy[/]")
+        pods = ", ".join(compared[0].by_pod)
+        head = f"{'policy':14} {'prompt tokens cached':{_BAR + 5}} {'TTFT p50':{_BAR + 9}} {'p90':>8} requests to {pods}"
+        self._console.print(Text(head), style="dim", soft_wrap=True)
+        slowest = max(each.ttft(5) for each in compared)
+        for each in compared:
+            self._console.print(_policy(each, slowest), soft_wrap=True)
+        self._console.print(
+            f"    one system prompt for all, a document and {len(QUESTIONS)} questions each; at first nothing is cached",
+            style="dim",
+            soft_wrap=True,
+        )
 
     def summary(self, stack: Stack, metrics: Mapping[str, float], outcomes: Sequence[Outcome]) -> None:
         """See `Narrator`."""
@@ -131,6 +148,20 @@ def _milliseconds(seconds: Any) -> str:
 
 def _fit(text: str, width: int, side: str) -> str:
     return text[:width].ljust(width) if side == "left" else text[:width].rjust(width)
+
+
+def _policy(compared: Compared, slowest: float) -> Text:
+    line = Text(f"{compared.policy:14} ")
+    line.append(_bar(compared.hit_rate), style="green")
+    line.append(f" {compared.hit_rate:4.0%} ")
+    line.append(_bar(compared.ttft(5) / slowest), style="yellow")
+    line.append(f" {_milliseconds(compared.ttft(5)):>8} {_milliseconds(compared.ttft(9)):>8} ")
+    line.append(" ".join(f"{count:3}" for count in compared.by_pod.values()))
+    return line
+
+
+def _bar(share: float) -> str:
+    return ("█" * round(share * _BAR)).ljust(_BAR, "·")
 
 
 def _sums(outcomes: Sequence[Outcome]) -> Table:

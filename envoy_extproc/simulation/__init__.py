@@ -7,6 +7,7 @@
     requests.py      bodies in, values out; the refusals of vLLM
     faults.py        the header `x-simulate`
     answers.py       values in, bytes out
+    comparison.py    the same conversations by one policy after the other, for the demo
     engine.py        the aiohttp shell: one timer per step of the batch writes to every stream
 
 Nothing here is imported by the server, and nothing here imports it.

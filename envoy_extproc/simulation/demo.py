@@ -16,6 +16,7 @@ import aiohttp
 import msgspec
 import yaml
 
+from envoy_extproc.simulation.comparison import Compared, compare
 from envoy_extproc.simulation.engine import Engine
 from envoy_extproc.simulation.options import EngineOptions
 from envoy_extproc.simulation.stack import Stack, StackError
@@ -84,6 +85,9 @@ class Narrator(Protocol):
     def outcome(self, outcome: Outcome) -> None:
         """One request is over."""
 
+    def comparison(self, compared: Sequence[Compared]) -> None:
+        """The same conversations were had by one policy after the other."""
+
     def summary(self, stack: Stack, metrics: Mapping[str, float], outcomes: Sequence[Outcome]) -> None:
         """The traffic is over; `metrics` are samples of the server's exposition by name and labels."""
 
@@ -112,8 +116,12 @@ async def run(narrator: Narrator, directory: Path, *, engines: Sequence[str], st
         model = pods[0]["models"][0]
         # First, because the metrics of a model and its pods go when they do.
         outcomes = [await _without_pods(narrator, stack, session, model, file=file, pods=pods)]
+        outcomes += [outcome async for outcome in _streaming(narrator, stack, session, model)]
+        if not engines:
+            addresses = {pod["name"]: pod["address"] for pod in pods}
+            narrator.comparison([each async for each in compare(stack.url, addresses, model)])
         outcomes += [
-            outcome async for outcome in _traffic(narrator, stack, session, model, simulated=not engines)
+            outcome async for outcome in _one_by_one(narrator, stack, session, model, simulated=not engines)
         ]
         narrator.summary(stack, await _metrics(stack), outcomes)
         await stop.wait()
@@ -158,8 +166,8 @@ async def _real(url: str) -> Mapping[str, Any]:
     return {"name": target.netloc, "address": f"{bracketed}:{port}", "models": models}
 
 
-async def _traffic(
-    narrator: Narrator, stack: Stack, session: aiohttp.ClientSession, model: str, *, simulated: bool
+async def _streaming(
+    narrator: Narrator, stack: Stack, session: aiohttp.ClientSession, model: str
 ) -> AsyncIterator[Outcome]:
     narrator.section("Streams, several at a time: the pod with the fewest in flight")
     tasks = [_send(stack, session, sample) for sample in _streams(model)]
@@ -167,6 +175,11 @@ async def _traffic(
         outcome = await task
         narrator.outcome(outcome)
         yield outcome
+
+
+async def _one_by_one(
+    narrator: Narrator, stack: Stack, session: aiohttp.ClientSession, model: str, *, simulated: bool
+) -> AsyncIterator[Outcome]:
     for title, samples in (("Other requests", _others(model)), ("What goes wrong", _errors(model))):
         narrator.section(title)
         for sample in samples:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import sys
 
 import pytest
 
+from envoy_extproc.simulation.comparison import CONVERSATIONS, POLICIES, QUESTIONS
 from tests.support.gateway import fast_engines
 
 
@@ -40,12 +42,24 @@ async def test_demo_once_shows_every_outcome() -> None:
         after = shown.partition(f"\n{row} ")[2].splitlines()
         assert status in after[0].split()
         assert told in after[1]
+    rows = {policy: _compared(shown, policy) for policy in POLICIES}
+    assert all(sum(spread) == CONVERSATIONS * len(QUESTIONS) for _, spread in rows.values())
+    best, _ = rows["prefix-cache"]
+    assert best > max(rows["round-robin"][0], rows["least-request"][0])
+
+
+def _compared(shown: str, policy: str) -> tuple[int, list[int]]:
+    """Percent of the prompt tokens that the engines had cached by this policy, and how many requests each pod got."""
+    found = re.search(rf"^{policy} +[█·]+ +(\d+)% [█·]+ .*ms((?: +\d+)+)$", shown, re.MULTILINE)
+    assert found is not None, shown
+    return int(found[1]), [int(count) for count in found[2].split()]
 
 
 async def test_demo_with_engines_of_ones_own() -> None:
     async with fast_engines(2) as engines:
         urls = [argument for engine in engines for argument in ("--engine", f"http://{engine.address}")]
         shown = await output_of(await demo("--once", *urls))
+        assert "conversations" not in shown  # their caches are not ours to empty
         assert all(engine.address in shown for engine in engines)
         assert all(len(engine.requests) > 2 for engine in engines)
 
