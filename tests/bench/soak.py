@@ -2,7 +2,8 @@
 
 Of the requests one in ten hangs up in the middle, one in twenty meets an engine's fault, the others stream to their end.
 In the end every request must have its one report, what ended in the native lane must have been reported by the access log,
-and in-flight must be zero. Whether memory grows is for the reader to see.
+and in-flight must be zero: the status is 1 if not. Whether memory grows is for the reader to judge: the verdict has it at
+each minute, and its slope over the second half.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -21,11 +25,18 @@ from tests.support.gateway import Gateway, chat, fast_engines
 _PATIENCE = (
     10.0  # seconds for the last reports: the access log is written every 0.1 s, a reset is told at once
 )
+_DONE = b"data: [DONE]\n\n"
+_SAMPLED_EVERY, _TOLD_EVERY = 5.0, 30.0  # seconds
+_FEWEST = 10  # samples in a half: below that a slope is chance
 _FAULTS = ("reset=3", "error-event=3", "error=500", "no-done", "no-usage", "tail")
 
 
+Counts = Mapping[str, tuple[float, float]]
+"""What the server says, and what it should say."""
+
+
 class Tally:
-    """What the clients did.
+    """What the clients did, and had: `broken` answers were not whole although no fault was asked for.
 
     Args:
         rate: tokens a second that clients together should not go beyond; 0 for as many as come.
@@ -34,6 +45,7 @@ class Tally:
     def __init__(self, rate: float) -> None:
         self.sent = 0
         self.left = 0
+        self.broken = 0
         self.tokens = 0
         self.began = time.monotonic()
         self._rate = rate
@@ -50,18 +62,32 @@ async def client(http: aiohttp.ClientSession, until: float, tally: Tally, rng: r
         await tally.turn()
         tally.sent += 1
         faulty = rng.random() < 0.05
-        leaves = rng.random() < 0.1
         headers = {"x-simulate": rng.choice(_FAULTS)} if faulty else {}
         body = chat("word " * rng.randrange(5, 400), stream=True, max_tokens=60)
-        try:
-            async with http.post("/v1/chat/completions", json=body, headers=headers) as answer:
-                async for part in answer.content.iter_any():
-                    tally.tokens += part.count(b"\n\n")
-                    if leaves and rng.random() < 0.1:
-                        tally.left += 1
-                        break
-        except aiohttp.ClientError:
-            continue  # the fault it had asked for
+        whole = await ask(http, body, headers, tally, rng if rng.random() < 0.1 else None)
+        tally.broken += not whole and not faulty
+
+
+async def ask(
+    http: aiohttp.ClientSession,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    tally: Tally,
+    leaves: random.Random | None,
+) -> bool:
+    """Whether all of the answer came that the client waited for. One with `leaves` leaves at a part drawn from that."""
+    end = b""
+    try:
+        async with http.post("/v1/chat/completions", json=body, headers=headers) as answer:
+            async for part in answer.content.iter_any():
+                tally.tokens += part.count(b"\n\n")
+                end = (end + part)[-len(_DONE) :]
+                if leaves is not None and leaves.random() < 0.1:
+                    tally.left += 1
+                    return True
+    except aiohttp.ClientError:
+        return False
+    return end == _DONE
 
 
 def resident_mib(process: asyncio.subprocess.Process | None) -> float:
@@ -71,25 +97,63 @@ def resident_mib(process: asyncio.subprocess.Process | None) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
-async def watch(gateway: Gateway, tally: Tally, until: float) -> None:
-    """A line every half minute."""
+class Sample(NamedTuple):
+    """Memory, MiB, so many seconds after the beginning."""
+
+    seconds: float
+    server: float
+    envoy: float
+
+
+_PARTS: Mapping[str, Callable[[Sample], float]] = {
+    "server": lambda each: each.server,
+    "Envoy": lambda each: each.envoy,
+}
+
+
+async def watch(gateway: Gateway, tally: Tally, until: float) -> list[Sample]:
+    """Samples of every few seconds; prints a line every half minute."""
     print(f"{'s':>5} {'requests':>9} {'tokens/s':>9} {'server MiB':>11} {'Envoy MiB':>10} {'in flight':>10}")
+    samples: list[Sample] = []
+    told = 0.0
     while time.monotonic() < until:
-        await asyncio.sleep(min(30.0, max(0.1, until - time.monotonic())))
+        await asyncio.sleep(min(_SAMPLED_EVERY, max(0.1, until - time.monotonic())))
         seconds = time.monotonic() - tally.began
+        now = Sample(seconds, resident_mib(gateway.servers[0]), resident_mib(gateway.envoy))
+        samples.append(now)
+        if seconds - told < _TOLD_EVERY and time.monotonic() < until:
+            continue
+        told = seconds
+        in_flight = await gateway.metric("envoy_extproc_in_flight_requests")
         print(
             f"{seconds:5.0f} {tally.sent:9} {tally.tokens / seconds:9.0f} "
-            f"{resident_mib(gateway.servers[0]):11.1f} {resident_mib(gateway.envoy):10.1f} "
-            f"{await gateway.metric('envoy_extproc_in_flight_requests'):10g}",
+            f"{now.server:11.1f} {now.envoy:10.1f} {in_flight:10g}",
             flush=True,
         )
+    return samples
 
 
-async def counts(gateway: Gateway, tally: Tally) -> dict[str, tuple[float, float]]:
+def at_minutes(samples: Sequence[Sample]) -> list[Sample]:
+    """Of each minute the sample nearest to its end."""
+    minutes = range(1, int(samples[-1].seconds + _SAMPLED_EVERY) // 60 + 1)
+    return [min(samples, key=lambda each: abs(each.seconds - 60 * minute)) for minute in minutes]
+
+
+def slope(samples: Sequence[Sample], part: Callable[[Sample], float]) -> float | None:
+    """MiB an hour over the second half, by least squares; None of too few samples. The first half warms up."""
+    half = [each for each in samples if each.seconds >= samples[-1].seconds / 2]
+    if len(half) < _FEWEST:
+        return None
+    seconds, values = [each.seconds for each in half], [part(each) for each in half]
+    return statistics.linear_regression(seconds, values).slope * 3600
+
+
+async def counts(gateway: Gateway, tally: Tally) -> Counts:
     """What the server says, and what it should say."""
     said = gateway.metric
     stages = "envoy_extproc_native_exchanges_total"
     return {
+        "answers not whole": (tally.broken, 0),
         "requests reported": (await said("envoy_extproc_requests_total"), tally.sent),
         "native: reported, of those ended": (
             await said(stages, stage="reported"),
@@ -101,23 +165,44 @@ async def counts(gateway: Gateway, tally: Tally) -> dict[str, tuple[float, float
     }
 
 
-async def check(gateway: Gateway, tally: Tally) -> int:
-    """Prints the counts once they are right, or after the time in which they should be; returns how many are wrong."""
+async def settled(gateway: Gateway, tally: Tally) -> Counts:
+    """The counts once they are right, or after the time in which they should be."""
     until = time.monotonic() + _PATIENCE
     while True:
         found = await counts(gateway, tally)
-        wrong = sum(is_ != should for is_, should in found.values())
-        if not wrong or time.monotonic() > until:
-            break
+        if not wrong(found) or time.monotonic() > until:
+            return found
         await asyncio.sleep(0.2)
-    for name, (is_, should) in found.items():
-        print(f"{name}: {is_:g}, should be {should:g}{'' if is_ == should else '  <-- WRONG'}")
-    print(f"clients that hung up: {tally.left}")
-    return wrong
+
+
+def wrong(found: Counts) -> list[str]:
+    """Those that are not what they should be."""
+    return [name for name, (is_, should) in found.items() if is_ != should]
+
+
+def verdict(found: Counts, samples: Sequence[Sample], tally: Tally) -> str:
+    """What is to be read in the end."""
+    lines = [f"{'verdict':36} {'is':>12} {'should be':>12}"]
+    lines += [
+        f"{name:36} {is_:12g} {should:12g}  {'ok' if is_ == should else 'WRONG'}"
+        for name, (is_, should) in found.items()
+    ]
+    lines += [f"{'clients that hung up':36} {tally.left:12}", ""]
+    marks = at_minutes(samples)
+    lines.append(f"{'memory, MiB, at minute':36}" + "".join(f"{round(at.seconds / 60):8}" for at in marks))
+    for name, part in _PARTS.items():
+        lines.append(f"{name:36}" + "".join(f"{part(at):8.1f}" for at in marks))
+    for name, part in _PARTS.items():
+        each = slope(samples, part)
+        shown = "too short a run to tell" if each is None else f"{each:+.1f} MiB an hour"
+        lines.append(f"{f'{name}, slope over the second half':36} {shown}")
+    lost = wrong(found)
+    lines += ["", f"LOST OR WRONG: {', '.join(lost)}" if lost else "nothing was lost"]
+    return "\n".join(lines)
 
 
 async def soak(options: argparse.Namespace) -> int:
-    """Runs it; returns how many of the checks at the end failed."""
+    """Runs it; returns how many of the counts at the end are wrong."""
     rng = random.Random(1)
     config = {"responses": {"accounting": options.accounting}}
     with tempfile.TemporaryDirectory() as directory:
@@ -129,8 +214,11 @@ async def soak(options: argparse.Namespace) -> int:
             tally = Tally(options.tokens_per_second)
             until = tally.began + options.seconds
             work = [client(http, until, tally, random.Random(rng.random())) for _ in range(options.clients)]
-            await asyncio.gather(watch(gateway, tally, until), *work)
-            return await check(gateway, tally)
+            watching = asyncio.ensure_future(watch(gateway, tally, until))
+            await asyncio.gather(watching, *work)
+            found = await settled(gateway, tally)
+            print("", verdict(found, watching.result(), tally), sep="\n")
+            return len(wrong(found))
 
 
 def main() -> int:
@@ -145,7 +233,7 @@ def main() -> int:
         help="go no faster than that; 40 clients do some 5,500",
     )
     parser.add_argument("--accounting", choices=("auto", "stream", "native", "none"), default="auto")
-    return asyncio.run(soak(parser.parse_args()))
+    return 1 if asyncio.run(soak(parser.parse_args())) else 0
 
 
 if __name__ == "__main__":
