@@ -22,6 +22,9 @@ BYTES_PER_TOKEN = 4
 _MOST_MARKS = 200_000
 """Quotes, commas and opening brackets of a body that is searched for its options: 0.2 s at the worst, with all else waiting."""
 
+_MOST_OPTION = 4096
+"""Bytes of an option that is a list or an object; one of millions of values would take a hundred times as many to build."""
+
 _FALSE_WORDS = frozenset({"0", "off", "f", "false", "n", "no"})
 """What pydantic, and so the engines, take for false in a string, in any case."""
 
@@ -55,14 +58,14 @@ _NO_BYTES = msgspec.Raw(b"")
 
 
 class _Fields(msgspec.Struct):
-    """The members read, whatever their type: what is odd in them is the engine's to judge. Prompts stay raw."""
+    """The members read, raw, whatever their type: what is odd in them is the engine's to judge."""
 
-    model: Any = None
-    stream: Any = False
-    stream_options: Any = msgspec.UNSET
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
+    model: msgspec.Raw = _NO_BYTES
+    stream: msgspec.Raw = _NO_BYTES
+    stream_options: msgspec.Raw = _NO_BYTES
+    max_tokens: msgspec.Raw = _NO_BYTES
+    max_completion_tokens: msgspec.Raw = _NO_BYTES
+    max_output_tokens: msgspec.Raw = _NO_BYTES
     messages: msgspec.Raw = _NO_BYTES
     prompt: msgspec.Raw = _NO_BYTES
     input: msgspec.Raw = _NO_BYTES
@@ -80,9 +83,10 @@ class _Fields(msgspec.Struct):
     content: msgspec.Raw = _NO_BYTES
     previous_response_id: msgspec.Raw = _NO_BYTES
     conversation: msgspec.Raw = _NO_BYTES
-    cache_salt: Any = None
+    cache_salt: msgspec.Raw = _NO_BYTES
 
 
+_ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 _DECODER = msgspec.json.Decoder(_Fields)
 _FORM_FIELDS = ("model", "stream", "prompt")
 
@@ -111,23 +115,36 @@ def read(body: bytes, route: Route, content_type: str = "") -> tuple[InferenceRe
         return _decode_form(body, route, boundary), None
     fields = _fields(body)
     asked = route.accounting is Accounting.ASKED
-    options = fields.stream_options
+    options = _option(fields.stream_options)
     members = _members(fields, route.prompt)
     inference = InferenceRequest(
-        model=_model(fields.model, route),
-        stream=fields.stream is True and route.streams,
+        model=_model(_option(fields.model), route),
+        stream=_option(fields.stream) is True and route.streams,
         add_usage=asked and _declines_usage(options),
-        stream_options=options is not msgspec.UNSET,
+        stream_options=fields.stream_options is not _NO_BYTES,
         prompt_tokens_estimate=sum([estimate_tokens(bytes(raw)) for raw in members.values()]),
         max_output_tokens=_limit(fields),
     )
     if not members or route.accounting is Accounting.NOTHING:
         return inference, None
-    return inference, Prompt(members | _members(fields, route.kept), fields.cache_salt)
+    return inference, Prompt(members | _members(fields, route.kept), _option(fields.cache_salt))
 
 
 def _members(fields: _Fields, names: tuple[str, ...]) -> dict[str, msgspec.Raw]:
     return {name: raw for name in names if (raw := getattr(fields, name)) is not _NO_BYTES}
+
+
+def _option(raw: msgspec.Raw) -> Any:
+    """The value of a member; None where there is none, ``{}`` for a list or an object longer than options are."""
+    if raw is _NO_BYTES:
+        return None
+    text = bytes(raw)
+    if len(text) > _MOST_OPTION and text[:1] in (b"[", b"{"):
+        return {}
+    try:
+        return lenient.decode(_ANY, text)
+    except lenient.Malformed as error:
+        raise BadRequest(f"The request body could not be parsed as JSON: {error}.") from None
 
 
 def _model(model: object, route: Route) -> str | None:
@@ -141,7 +158,8 @@ def _model(model: object, route: Route) -> str | None:
 
 
 def _limit(fields: _Fields) -> int | None:
-    for value in (fields.max_completion_tokens, fields.max_output_tokens, fields.max_tokens):
+    for raw in (fields.max_completion_tokens, fields.max_output_tokens, fields.max_tokens):
+        value = _option(raw)
         if type(value) is int and value > 0:
             return value
     return None
@@ -190,7 +208,7 @@ def _declines_usage(options: object) -> bool:
     An object without ``include_usage`` is not among them: to vLLM that means yes, to SGLang no. What pydantic would not
     read as a boolean is the engine's to refuse.
     """
-    if options is None or options is msgspec.UNSET:
+    if options is None:
         return True
     if not isinstance(options, dict) or "include_usage" not in options:
         return False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import tracemalloc
+from contextlib import nullcontext, suppress
 from typing import Any
 
+import msgspec
 import pydantic
 import pytest
 from hypothesis import assume, given
@@ -162,6 +164,29 @@ def test_nesting_at_the_edge_is_read_or_refused(depth: int, odd: bytes) -> None:
         assert decode(body).model == "m"
     except BadRequest as error:
         assert "nested" in error.message or "malformed" in error.message  # noqa: PT017  both are right
+
+
+MANY = 3_000_000  # bytes
+
+
+@pytest.mark.parametrize("where", ["model", "stream", "stream_options", "max_tokens", "cache_salt", "prompt"])
+def test_what_would_take_many_times_its_size_is_not_built(where: str) -> None:
+    value = b"[" + b",".join([b"[]"] * (MANY // 3)) + b"]"
+    body = b'{"model":"m","%s":%s}' % (where.encode(), value)
+    expected = chat(model="m", stream_options=where == "stream_options", add_usage=where != "stream_options")
+    tracemalloc.start()
+    try:
+        with suppress(BadRequest) if where == "model" else nullcontext():
+            read = decode(body, COMPLETIONS)
+            assert msgspec.structs.replace(read, prompt_tokens_estimate=0) == expected
+        assert tracemalloc.get_traced_memory()[1] < 6 * MANY  # copies of the text
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_name_is_a_name() -> None:
+    name = "x" * 100_000
+    assert decode(b'{"model":"%s"}' % name.encode(), COMPLETIONS).model == name
 
 
 def test_embeddings_are_no_stream() -> None:
