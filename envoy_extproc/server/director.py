@@ -19,6 +19,7 @@ from envoy_extproc.scheduling.interfaces import Candidate, Decision, SchedulingR
 from envoy_extproc.scheduling.pool import left_out, pool
 from envoy_extproc.scheduling.prefix import EmptyCaches
 from envoy_extproc.scheduling.registry import Policies
+from envoy_extproc.scheduling.scorers_prefix import PrefixCacheScorer
 from envoy_extproc.server.model_configs import ModelConfigs
 from envoy_extproc.state.fairness import Fairness
 
@@ -220,9 +221,8 @@ class Director:
         ]
 
     def _with_match(self, request: SchedulingRequest, decision: Decision) -> Decision:
-        """The decision, its chosen candidate with the share of the prompt that it holds, if anybody asked for that."""
-        assert request.prompt is not None
-        if not request.prompt.was_read:
+        """The decision, its chosen candidate with the share of the prompt that it holds, where the policy goes by that."""
+        if not decision.weighs(PrefixCacheScorer.name):
             return decision
         (share,) = self._profiles.prefixes.shares(request, [decision.chosen])
         chosen = msgspec.structs.replace(decision.chosen, prefix_match=share)

@@ -131,6 +131,27 @@ def test_alerts_look_at_this_release_alone() -> None:
         assert all(OURS in each for each in selectors)
 
 
+def test_requests_without_a_session_or_a_prompt_are_no_alarm() -> None:
+    """Every session begins without one; only figures of engines that are missing are somebody's to mend."""
+    (rule,) = [each for each in _rules() if each["alert"] == "EnvoyExtprocPolicyFallbacks"]
+    (counted,) = re.findall(r"policy_fallbacks_total\{([^}]*)\}", rule["expr"])
+    assert counted == f'{OURS},reason="no-stats"'
+
+
+def test_every_metric_of_ours_is_in_the_docs() -> None:
+    written = "".join([page.read_text("utf-8") for page in (Path(__file__).parents[2] / "docs").glob("*.md")])
+    assert [name for name in sorted(_metrics()) if name not in written] == []
+
+
+def _metrics() -> set[str]:
+    """Every family as it is scraped."""
+    metrics = PrometheusMetrics(list, known=lambda _: True)
+    metrics.follow_discovery(list, list, list)
+    families = metrics.registry.collect()
+    names = {f"{each.name}_total" if each.type == "counter" else each.name for each in families}
+    return {name for name in names if name.startswith(("envoy_extproc", "gen_ai"))}
+
+
 def test_the_labels_of_the_server_win_over_those_of_the_scrape() -> None:
     monitor = found(template(SWITCHES["monitor"]), "ServiceMonitor")
     (endpoint,) = monitor["spec"]["endpoints"]

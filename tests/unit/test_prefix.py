@@ -338,6 +338,16 @@ def test_explaining_teaches_nothing() -> None:
     assert [row.scores["prefix-cache"] for row in rows] == [1.0, 0.0, 0.0]
 
 
+def test_of_a_prompt_that_is_only_a_key_no_match_is_told() -> None:
+    made = director()
+    made.schedule(asking(blocks(4)), 0.0)
+    request = asking(blocks(4), policy="bounded-load")
+    decision = made.schedule(request, 0.0)
+    assert (decision.decided_by, decision.chosen.prefix_match) == ("bounded-load", None)
+    mixed = made.schedule(asking(blocks(4), policy="bounded-load,prefix-cache:9"), 0.0)
+    assert mixed.chosen.prefix_match == 1.0
+
+
 def test_other_policies_read_no_prompt() -> None:
     made = director()
     request = asking(blocks(4), policy="least-request")
