@@ -146,11 +146,7 @@ _VLLM = _dialect(
             "vllm:cache_config_info[kv_cache_size_tokens]",
             "vllm:cache_config_info[num_gpu_blocks] * vllm:cache_config_info[block_size]",
         ),
-        "prefix_cache_hits": (
-            "vllm:prompt_tokens_cached_total",
-            "vllm:prefix_cache_hits_total",
-            "vllm:gpu_prefix_cache_hits_total",
-        ),
+        "prefix_cache_hits": ("vllm:prompt_tokens_cached_total", "vllm:prefix_cache_hits_total"),
         "started": "process_start_time_seconds",
     },
 )

@@ -33,7 +33,8 @@ class Routing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         running: what its engine said then; None where that was missing or too old.
         waiting: likewise.
         kv_cache_usage: likewise, 0 to 1.
-        ticket: by which the tokens find the account of their user; None where none is kept.
+        prefix_match: share of the prompt that the endpoint chosen was thought to hold; None where no policy asked.
+        ticket: by which the report finds the account of its user, and its prompt; None where nobody waits for it.
     """
 
     policy: str
@@ -46,6 +47,7 @@ class Routing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: float | None = None
     waiting: float | None = None
     kv_cache_usage: float | None = None
+    prefix_match: float | None = None
     ticket: str | None = None
 
 
@@ -64,6 +66,7 @@ def routing_of(decision: Decision) -> Routing:
         running=None if stats is None else stats.running,
         waiting=None if stats is None else stats.waiting,
         kv_cache_usage=None if stats is None else stats.kv_cache_usage,
+        prefix_match=None if chosen.prefix_match is None else round(chosen.prefix_match, 4),
         ticket=decision.ticket,
     )
 

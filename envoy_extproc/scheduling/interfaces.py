@@ -111,7 +111,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         improvised: whether `policy` is a mixture that only this request's client wrote.
         prefill: who computes the prompt's KV cache for the chosen one, as it was then; None where that one does it itself.
         profile: the profile that `config-profile: auto` found; None where nobody asked so.
-        ticket: by which the report of what it used finds its user's account; None where nobody keeps one.
+        ticket: by which its report is known here: it finds its user's account and its prompt. None where nobody waits for it.
     """
 
     policy: str

@@ -3,7 +3,8 @@
 An engine that was sent a prompt holds its blocks until others push them out. So each endpoint is remembered with the blocks
 (`openai.prompt`) of the prompts it was sent, as many as its cache has room for; behind that the ones go that were not asked for
 again since they had their last chance (CLOCK; Corbató 1968), the end of a prompt before its beginning, as vLLM frees
-them. It is a guess: an engine may have freed a block earlier, or hold more than is remembered here.
+them. It is a guess: an engine may have freed a block earlier, or hold more than is remembered here. What it generates is in
+its cache as well; that is not remembered, but comes back with the conversation's next prompt.
 
 The table has one entry for a block, whoever holds it: an integer with two bits for each endpoint, `has` and, beside it, `used`
 (asked for since its last chance). Most blocks are one endpoint's, and all of those share one integer; an endpoint's own list of
@@ -17,7 +18,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from envoy_extproc.endpoints import Endpoint, EngineState
+from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.openai.prompt import BlockRule
 from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
 
@@ -36,13 +37,15 @@ class _Holder:
         used: the bit for having been asked for it again.
         blocks: each block it holds, once; those before `first` are gone.
         first: where the oldest one is.
+        room: blocks it may hold at most, whatever there is for all.
     """
 
-    __slots__ = ("blocks", "endpoint", "first", "has", "place", "used")
+    __slots__ = ("blocks", "endpoint", "first", "has", "place", "room", "used")
 
-    def __init__(self, endpoint: Endpoint, place: int) -> None:
+    def __init__(self, endpoint: Endpoint, place: int, room: int) -> None:
         self.endpoint = endpoint
         self.place = place
+        self.room = room
         self.has = 1 << 2 * place
         self.used = 2 << 2 * place
         self.blocks = array("Q")
@@ -60,15 +63,28 @@ class _Holder:
             self.first = 0
         return block
 
+    def take_out(self, blocks: AbstractSet[int]) -> None:
+        """Takes out `blocks`, all of which it has: looked for from the end, since what it got last is there."""
+        left, kept = len(blocks), array("Q")
+        while left:
+            block = self.blocks.pop()
+            if block in blocks:
+                left -= 1
+            else:
+                kept.append(block)
+        kept.reverse()
+        self.blocks.extend(kept)
+
 
 class PrefixIndex:
     """What each endpoint holds. Blocks of unlike models, and of unlike salts, are unlike.
 
     Args:
         rule: how prompts are cut into blocks.
-        per_endpoint: blocks remembered of one endpoint: what its cache has room for. The default, the endpoint picker's,
-            is 2 million tokens.
-        in_all: blocks remembered of all endpoints together, each of which has an equal share of them.
+        per_endpoint: blocks remembered of one endpoint at most, and of one whose engine does not tell the room in its cache.
+            The default, the endpoint picker's, is 2 million tokens.
+        in_all: blocks remembered of all endpoints together. Each has an equal share, and what one has no room for the
+            others share (max-min fairness).
     """
 
     def __init__(
@@ -80,6 +96,8 @@ class PrefixIndex:
         self._table: dict[int, int] = {}
         self._holders: dict[str, _Holder] = {}
         self._by_place: dict[int, _Holder] = {}
+        self._rooms: dict[str, int] = {}
+        self._level: int | None = None
         self._everyone = 0
         self._asked: Sequence[int] = ()
         self._answer: Mapping[str, int] | None = None
@@ -93,10 +111,14 @@ class PrefixIndex:
         """Blocks remembered, each counted once."""
         return len(self._table)
 
-    @property
-    def limit(self) -> int:
-        """Blocks that one endpoint may have now."""
-        return max(1, min(self._per_endpoint, self._in_all // max(1, len(self._holders))))
+    def limit(self, address: str) -> int:
+        """Blocks that the endpoint at `address` may have now."""
+        holder = self._holders.get(address)
+        return self._limit(self._rooms.get(address, self._per_endpoint) if holder is None else holder.room)
+
+    def held(self) -> Mapping[str, int]:
+        """How many blocks are remembered of each endpoint, by address."""
+        return {address: len(holder) for address, holder in self._holders.items()}
 
     def blocks(self, request: SchedulingRequest) -> Sequence[int]:
         """The blocks of the request's prompt; none where it has no prompt, or one shorter than a block."""
@@ -149,7 +171,7 @@ class PrefixIndex:
         holder = self._holders.get(endpoint.address)
         if holder is None or not _same(holder.endpoint, endpoint):
             holder = self._welcome(endpoint)
-        limit = self.limit
+        limit = self._limit(holder.room)
         blocks = blocks[:limit]
         fresh = self._touch(holder, blocks)
         if len(holder) + len(fresh) > limit:
@@ -204,16 +226,41 @@ class PrefixIndex:
         else:
             del self._table[block]
 
-    def forget(self, address: str) -> None:
-        """Everything of the endpoint at `address`: it left, or its engine began anew."""
+    def forget(self, address: str) -> bool:
+        """Everything of the endpoint at `address`: it left, or its engine began anew. False if nothing was known of it."""
         self._answer = None
         holder = self._holders.pop(address, None)
         if holder is None:
-            return
+            return False
         for block in holder.blocks[holder.first :]:
             self._drop(holder, block)
         del self._by_place[holder.place]
         self._everyone ^= holder.has
+        self._level = None
+        return True
+
+    def unlearn(self, blocks: Sequence[int], address: str) -> None:
+        """The endpoint at `address` was to get these blocks and did not compute them."""
+        holder = self._holders.get(address)
+        gone = set() if holder is None else {each for each in blocks if self._table.get(each, 0) & holder.has}
+        if holder is None or not gone:
+            return
+        self._answer = None
+        holder.take_out(gone)
+        for block in gone:
+            self._drop(holder, block)
+
+    def fit(self, address: str, tokens: float | None) -> None:
+        """The cache of the engine at `address` has room for so many tokens; None where it does not tell."""
+        room = self._per_endpoint
+        if tokens is not None and 0 < tokens < room * self.rule.tokens:
+            room = max(1, int(tokens // self.rule.tokens))
+        self._rooms[address] = room
+        holder = self._holders.get(address)
+        if holder is not None and holder.room != room:
+            self._answer = self._level = None
+            holder.room = room
+            self._trim()
 
     def keep(self, endpoints: Mapping[str, Endpoint]) -> None:
         """Forgets all but `endpoints`, by address, and what earlier owners of their addresses had."""
@@ -221,43 +268,41 @@ class PrefixIndex:
             now = endpoints.get(address)
             if now is None or not _same(holder.endpoint, now):
                 self.forget(address)
+        self._rooms = {address: room for address, room in self._rooms.items() if address in endpoints}
 
     def _welcome(self, endpoint: Endpoint) -> _Holder:
         """A holder of no blocks, in the lowest place that is free; everybody's share is smaller from now on."""
         self.forget(endpoint.address)
         place = next(number for number in range(len(self._by_place) + 1) if number not in self._by_place)
-        holder = self._holders[endpoint.address] = self._by_place[place] = _Holder(endpoint, place)
+        room = self._rooms.get(endpoint.address, self._per_endpoint)
+        holder = self._holders[endpoint.address] = self._by_place[place] = _Holder(endpoint, place, room)
         self._everyone |= holder.has
-        self._trim(self._holders.values())
+        self._level = None
+        self._trim()
         return holder
 
-    def _trim(self, holders: Iterable[_Holder]) -> None:
-        limit = self.limit
-        for holder in holders:
+    def _trim(self) -> None:
+        for holder in self._holders.values():
+            limit = self._limit(holder.room)
             if len(holder) > limit:
                 self._make_room(holder, limit)
 
+    def _limit(self, room: int) -> int:
+        if self._level is None:
+            self._level = _level([holder.room for holder in self._holders.values()], self._in_all)
+        return max(1, min(room, self._level))
 
-class EmptyCaches:
-    """Notices engines whose cache has nothing in it any more: of what they were sent, none is worth anything.
 
-    An engine that begins anew refuses connections until its model is loaded. One that did so while nobody looked
-    has answered no prompt yet, so it cannot tell the share of them that it found in its cache, as it could before.
-    """
-
-    def __init__(self) -> None:
-        self._telling: set[str] = set()
-
-    def among(self, states: Mapping[str, EngineState]) -> Sequence[str]:
-        """Their addresses, by what the scraper knows of each address now."""
-        telling = {
-            address
-            for address, state in states.items()
-            if state.stats is not None and state.stats.prefix_cache_hit_rate is not None
-        }
-        silent = [address for address in self._telling - telling if address in states]
-        self._telling = telling
-        return silent + [address for address, state in states.items() if not state.reachable]
+def _level(rooms: Iterable[int], in_all: int) -> int:
+    """What each may have at most so that all together have no more than `in_all`: water filled in up to this level."""
+    left, level = in_all, in_all
+    ascending = sorted(rooms)
+    for number, room in enumerate(ascending):
+        level = left // (len(ascending) - number)
+        if room > level:
+            return level
+        left -= room
+    return in_all
 
 
 def _same(one: Endpoint, other: Endpoint) -> bool:

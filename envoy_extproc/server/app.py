@@ -27,6 +27,7 @@ from envoy_extproc.engines.scraper import Scraper
 from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.explain import Explanation
 from envoy_extproc.scheduling.interfaces import SchedulingRequest, Scorer
+from envoy_extproc.scheduling.prefix import PrefixIndex
 from envoy_extproc.server import configured
 from envoy_extproc.server.access_log import AccessLog
 from envoy_extproc.server.admin import Admin
@@ -43,6 +44,7 @@ from envoy_extproc.state.breakers import BreakerRules, Breakers
 from envoy_extproc.state.fairness import Fairness
 from envoy_extproc.state.load_reports import LoadReports
 from envoy_extproc.state.memory import InFlight
+from envoy_extproc.state.prompts import Prompts
 from envoy_extproc.state.rates import Rates
 from envoy_extproc.telemetry import Hooks
 from envoy_extproc.telemetry.log import RequestLog
@@ -134,8 +136,10 @@ class App:
         foreign = {
             name: guarded(name, scorer, self._metrics.scorer_failed) for name, scorer in self._scorers.items()
         }
+        policies = registry.build(configured.tuning(self._settings), foreign)
+        self._prompts = Prompts(policies.prefixes, name=secrets.token_hex(4))
         self._director = Director(
-            profiles=registry.build(configured.tuning(self._settings), foreign),
+            profiles=policies,
             rules=configured.rules(self._settings),
             in_flight=self._in_flight.count,
             states=self._scraper.states,
@@ -144,6 +148,10 @@ class App:
             fresher=self._load_reports.fresher,
             chosen=self._scraper.hurry,
             fairness=self._fairness,
+            prompts=self._prompts,
+        )
+        self._metrics.follow_prefixes(
+            lambda: self._prefix_rows(policies.prefixes), lambda: self._prompts.caches.forgotten
         )
         self._catalogue = Catalogue(
             self._scraper.states, avoided=self._breakers.avoided, created=int(time.time())
@@ -152,7 +160,7 @@ class App:
     def _listen(self) -> None:
         """Makes what Envoy, probes and people ask."""
         settings = self._settings
-        hook = Hooks(self._metrics, RequestLog(), self._breakers, self._fairness)
+        hook = Hooks(self._metrics, RequestLog(), self._breakers, self._fairness, self._prompts)
         self._processor = ExternalProcessor(
             Parts(
                 settings=configured.exchange(settings),
@@ -328,6 +336,11 @@ class App:
         for model, address, count in self._in_flight:
             endpoint = self._director.lookup(address)
             yield model, address if endpoint is None else endpoint.name, count
+
+    def _prefix_rows(self, index: PrefixIndex) -> Iterator[tuple[str, int, int]]:
+        for address, blocks in index.held().items():
+            endpoint = self._director.lookup(address)
+            yield address if endpoint is None else endpoint.name, blocks, index.limit(address)
 
 
 def static_endpoints(settings: Settings) -> tuple[Endpoint, ...]:

@@ -17,11 +17,11 @@ from envoy_extproc.scheduling.explain import Asked, Explanation, Source, explain
 from envoy_extproc.scheduling.fairness import VtcScorer
 from envoy_extproc.scheduling.interfaces import Candidate, Decision, SchedulingRequest
 from envoy_extproc.scheduling.pool import left_out, pool
-from envoy_extproc.scheduling.prefix import EmptyCaches
 from envoy_extproc.scheduling.registry import Policies
 from envoy_extproc.scheduling.scorers_prefix import PrefixCacheScorer
 from envoy_extproc.server.model_configs import ModelConfigs
 from envoy_extproc.state.fairness import Fairness
+from envoy_extproc.state.prompts import Prompts
 
 _UNKNOWN = EngineState()
 
@@ -29,7 +29,7 @@ _MISSED_SCRAPES = 2.5
 """Intervals after which what an engine said is old: one scrape may fail, and the next be late."""
 
 _LOOK_SECONDS = 2.0
-"""Between two looks at all engines, for adapters and for caches that are empty again. A new adapter is routed by load until
+"""Between two looks at all engines, for adapters and for what they say of their caches. A new adapter is routed by load until
 then, which is no mistake; an engine that begins anew takes longer to load its model."""
 
 
@@ -70,6 +70,7 @@ class Director:
         fresher: what the engine at an address last said, in an answer or in the scrape that is given.
         chosen: is told the address of every endpoint that is chosen.
         fairness: what each user has been served.
+        prompts: those under way, of the index that `profiles` go by; None makes them.
         remember: how many of the last decisions are kept for people to look at.
 
     Raises:
@@ -88,6 +89,7 @@ class Director:
         fresher: Callable[[str, EngineStats | None], EngineStats | None] = lambda _address, scraped: scraped,
         chosen: Callable[[str], None] = lambda _address: None,
         fairness: Fairness | None = None,
+        prompts: Prompts | None = None,
         remember: int = 100,
     ) -> None:
         self.snapshot = Snapshot()
@@ -101,10 +103,10 @@ class Director:
         self._fresher = fresher
         self._chosen = chosen
         self._fairness = fairness
+        self._prompts = Prompts(profiles.prefixes) if prompts is None else prompts
         self._configs = ModelConfigs(rules.configs, profiles.find)
         self._named = self._names()
         self._adapters: AbstractSet[str] = frozenset()
-        self._empty_caches = EmptyCaches()
         self._look_again = float("-inf")
 
     def update(self, snapshot: Snapshot) -> None:
@@ -137,7 +139,7 @@ class Director:
             decision = msgspec.structs.replace(decision, ticket=self._charge(request, now))
         kept = request
         if request.prompt is not None:
-            decision = self._with_match(request, decision)
+            decision = self._with_match(request, decision, now)
             kept = msgspec.structs.replace(request, prompt=None)  # which may hold megabytes
         profile.remember(request, decision)
         self.decisions.append((now, kept, decision))
@@ -220,13 +222,18 @@ class Director:
             for endpoint, candidate in zip(endpoints, self.candidates(endpoints, now), strict=True)
         ]
 
-    def _with_match(self, request: SchedulingRequest, decision: Decision) -> Decision:
+    def _with_match(self, request: SchedulingRequest, decision: Decision, now: float) -> Decision:
         """The decision, its chosen candidate with the share of the prompt that it holds, where the policy goes by that."""
         if not decision.weighs(PrefixCacheScorer.name):
             return decision
-        (share,) = self._profiles.prefixes.shares(request, [decision.chosen])
+        index = self._profiles.prefixes
+        blocks = index.blocks(request)
+        if not blocks:
+            return decision
+        (share,) = index.shares(request, [decision.chosen])
+        ticket = self._prompts.sent(blocks, decision.chosen.endpoint, share, now, decision.ticket)
         chosen = msgspec.structs.replace(decision.chosen, prefix_match=share)
-        return msgspec.structs.replace(decision, chosen=chosen)
+        return msgspec.structs.replace(decision, chosen=chosen, ticket=ticket)
 
     def _names(self) -> set[str]:
         """Every policy that the operator or a pod names."""
@@ -244,8 +251,7 @@ class Director:
         if now >= self._look_again:
             self._look_again = now + _LOOK_SECONDS
             self._adapters = lora.adapters(self._states.values())
-            for address in self._empty_caches.among(self._states):
-                self._profiles.prefixes.forget(address)
+            self._prompts.look(self._states)
         if request.model in self._adapters:
             request = msgspec.structs.replace(request, adapter=True)
         if request.user is not None and self._fairness is not None:

@@ -65,7 +65,7 @@ def fields(report: Report) -> dict[str, Any]:
 
 def _routing(routing: Routing) -> dict[str, Any]:
     state: dict[str, Any] = {"in_flight": routing.in_flight}
-    engine = ("running", "waiting", "kv_cache_usage")
+    engine = ("running", "waiting", "kv_cache_usage", "prefix_match")
     state |= {name: value for name in engine if (value := getattr(routing, name)) is not None}
     return {
         "policy": routing.decided_by,

@@ -37,6 +37,12 @@ InFlightRows = Callable[[], Iterable[tuple[str, str, int]]]
 BreakerRows = Callable[[], Iterable[tuple[str, int, Mapping[str, int]]]]
 """(endpoint's name, state, openings by reason) of every endpoint; states are 0 closed, 1 half-open, 2 open."""
 
+PrefixRows = Callable[[], Iterable[tuple[str, int, int]]]
+"""(endpoint's name, blocks of prompts remembered of it, blocks that there is room for) of every endpoint with any."""
+
+ForgottenRows = Callable[[], Mapping[str, int]]
+"""How often the prompts of an endpoint were forgotten, by reason."""
+
 NativeCounts = Callable[[], tuple[int, int]]
 """Exchanges of the native lane: ended, reported."""
 
@@ -93,6 +99,34 @@ class _BreakerCollector(Collector):
                 opened.add_metric([endpoint, reason], count)
         yield states
         yield opened
+
+
+class _PrefixCollector(Collector):
+    """Likewise of what is remembered of prompts."""
+
+    def __init__(self, rows: PrefixRows, forgotten: ForgottenRows) -> None:
+        self._rows = rows
+        self._forgotten = forgotten
+
+    def collect(self) -> Iterator[Metric]:
+        """Two gauges by endpoint, and a counter by reason."""
+        held = GaugeMetricFamily(
+            "envoy_extproc_prefix_blocks", "Blocks of prompts remembered of an endpoint.", labels=["endpoint"]
+        )
+        room = GaugeMetricFamily(
+            "envoy_extproc_prefix_blocks_limit", "Blocks that may be remembered of it.", labels=["endpoint"]
+        )
+        for endpoint, blocks, limit in self._rows():
+            held.add_metric([endpoint], blocks)
+            room.add_metric([endpoint], limit)
+        forgotten = CounterMetricFamily(
+            "envoy_extproc_prefix_forgotten",
+            "Times the prompts of an endpoint were forgotten, by what its engine showed.",
+            labels=["reason"],
+        )
+        for reason, count in self._forgotten().items():
+            forgotten.add_metric([reason], count)
+        yield from (held, room, forgotten)
 
 
 class _DiscoveryCollector(Collector):
@@ -204,6 +238,12 @@ class PrometheusMetrics:
         )
         self._scorers = self._counter("scorer_failures", "Failures of scorers from other packages.", "scorer")
         self._usage = self._counter("usage", "Exchanges, by how their tokens are known.", "usage_source")
+        self._prefix_tokens = self._counter(
+            "prefix_prompt_tokens",
+            "Prompt tokens of requests that went by prefixes: all, and those thought to be in the chosen endpoint's cache.",
+            "model",
+            "part",
+        )
         self._bypassed = self._counter("bypassed_requests", "Requests Envoy served without this server.")
         self._retries = self._counter("retries", "Pods asked in vain before another one answered.", "model")
         self._unread = self._counter("unread_responses", "Answers that could not be read.", "reason")
@@ -221,6 +261,10 @@ class PrometheusMetrics:
     def follow_discovery(self, watches: WatchRows, unusable: UnusableRows, routes: RouteRows) -> None:
         """Tells of discovery, too; once."""
         self.registry.register(_DiscoveryCollector(watches, unusable, routes))
+
+    def follow_prefixes(self, rows: PrefixRows, forgotten: ForgottenRows) -> None:
+        """Tells of what is remembered of prompts, too; once."""
+        self.registry.register(_PrefixCollector(rows, forgotten))
 
     def _measures(self) -> None:
         self._duration = self._histogram(
@@ -308,7 +352,7 @@ class PrometheusMetrics:
         for name in {each.name for each in before.endpoints} - {each.name for each in now.endpoints}:
             self._scrapes.remove_by_labels({"endpoint": name})
         for model in before.by_model.keys() - now.by_model.keys():
-            for counter in (self._requests, self._errors, self._retries):
+            for counter in (self._requests, self._errors, self._retries, self._prefix_tokens):
                 counter.remove_by_labels({"model": model})
             for histogram in (self._duration, self._ttft, self._tpot, self._tokens):
                 histogram.remove_by_labels({"gen_ai_request_model": model})
@@ -323,6 +367,13 @@ class PrometheusMetrics:
         if report.usage_source != "none":
             self._tokens.labels(*labels, "input").observe(report.usage.prompt_tokens)
             self._tokens.labels(*labels, "output").observe(report.usage.completion_tokens)
+            self._measure_match(report, model)
+
+    def _measure_match(self, report: Report, model: str) -> None:
+        share = None if report.routing is None else report.routing.prefix_match
+        if share is not None:
+            self._prefix_tokens.labels(model, "all").inc(report.usage.prompt_tokens)
+            self._prefix_tokens.labels(model, "matched").inc(share * report.usage.prompt_tokens)
 
     def _count_oddities(self, report: Report) -> None:
         if report.unread is not None:

@@ -47,6 +47,7 @@ def _exposed() -> set[str]:
     metrics.follow_discovery(
         lambda: [("pods", 0.0, {"gone": 1})], lambda: [("engine", 1)], lambda: [("m", True)]
     )
+    metrics.follow_prefixes(lambda: [("e", 1, 2)], lambda: {"restarted": 1})
     names = {"le"}
     for family in metrics.registry.collect():
         names |= {family.name, f"{family.name}_total"} if family.type == "counter" else {family.name}

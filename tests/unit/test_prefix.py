@@ -12,18 +12,23 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from envoy_extproc.endpoints import Endpoint, EngineState, EngineStats, Snapshot
+from envoy_extproc.exchange.report import routing_of
+from envoy_extproc.openai.answer import Usage
 from envoy_extproc.openai.prompt import BlockRule, Prompt
 from envoy_extproc.scheduling import registry
+from envoy_extproc.scheduling.fairness import FairnessRules
 from envoy_extproc.scheduling.interfaces import Candidate, MissingDataError, SchedulingRequest
 from envoy_extproc.scheduling.pickers import MaxScorePicker
-from envoy_extproc.scheduling.prefix import EmptyCaches, PrefixIndex
+from envoy_extproc.scheduling.prefix import PrefixIndex
 from envoy_extproc.scheduling.scorers_prefix import PrefixCacheScorer, PrefixLoadFilter
 from envoy_extproc.server import orca
 from envoy_extproc.server.director import Director, RoutingRules
+from envoy_extproc.state.fairness import Fairness
 from tests.support.builders import MODEL, candidate, endpoint
+from tests.support.reports import report
 
 RULE = BlockRule(tokens=4)
 BLOCK = 16  # bytes
@@ -115,7 +120,7 @@ def test_all_together_share_a_bound() -> None:
     for number in range(1, 5):
         index.learn(range(100 * number, 100 * number + 10), endpoint(number))
         assert len(index) <= 12
-        assert index.limit == min(10, 12 // number)
+        assert index.limit(endpoint(number).address) == min(10, 12 // number)
     assert [len(index.match([100 * number])) for number in range(1, 5)] == [1] * 4
 
 
@@ -129,16 +134,176 @@ def test_a_pod_that_takes_over_an_address_holds_nothing() -> None:
     assert (len(index), index.match([7])) == (1, {heir.address: 1})
 
 
+@pytest.mark.parametrize(
+    ("told", "room"),
+    [
+        (None, 100),  # it does not tell
+        (0.0, 100),  # nor yet
+        (4 * 100.0, 100),
+        (4 * 1000.0, 100),
+        (4 * 30.0, 30),
+        (4 * 30.0 + 3, 30),
+        (1.0, 1),
+    ],
+)
+def test_an_endpoint_is_remembered_with_as_much_as_its_cache_has_room_for(
+    told: float | None, room: int
+) -> None:
+    index, one = PrefixIndex(RULE, per_endpoint=100, in_all=1000), endpoint(1)
+    index.fit(one.address, told)
+    assert index.limit(one.address) == room
+    index.learn(range(200), one)
+    assert index.held() == {one.address: room}
+    assert index.match(range(200)) == {one.address: room}
+
+
+def test_an_endpoint_with_less_room_forgets_what_is_too_much() -> None:
+    index, one = PrefixIndex(RULE, per_endpoint=100), endpoint(1)
+    index.learn(range(100), one)
+    assert index.match(range(100)) == {one.address: 100}
+    index.fit(one.address, 4 * 40.0)
+    assert index.match(range(100)) == {one.address: 40}  # the end of the prompt goes first
+    index.fit(one.address, None)
+    index.learn(range(100), one)
+    assert index.match(range(100)) == {one.address: 100}
+
+
+def test_room_that_some_do_not_need_is_the_others() -> None:
+    index = PrefixIndex(RULE, per_endpoint=100, in_all=90)
+    index.fit(endpoint(1).address, 4 * 10.0)
+    for number in (1, 2, 3):
+        index.learn(range(1000 * number, 1000 * number + 100), endpoint(number))
+    assert list(index.held().values()) == [10, 40, 40]
+    index.fit(endpoint(2).address, 4 * 20.0)
+    index.learn(range(3000, 3100), endpoint(3))
+    assert list(index.held().values()) == [10, 20, 60]
+    index.fit(endpoint(1).address, None)
+    index.learn(range(1000, 1100), endpoint(1))
+    assert list(index.held().values()) == [35, 20, 35]
+
+
+def test_what_an_endpoint_did_not_compute_it_does_not_hold() -> None:
+    index, one, two = PrefixIndex(RULE), endpoint(1), endpoint(2)
+    index.learn([1, 2, 3, 4], one)
+    index.learn([1, 2], two)
+    index.learn([11, 12], one)
+    index.unlearn([3, 4, 99], one.address)
+    index.unlearn([1], "10.9.9.9:8000")
+    assert index.match([1, 2, 3, 4]) == {one.address: 2, two.address: 2}
+    assert index.match([11, 12]) == {one.address: 2}
+    assert (len(index), index.distinct) == (6, 4)
+
+
+def test_what_is_left_of_an_endpoint_stays_in_its_order() -> None:
+    index, one = PrefixIndex(RULE, per_endpoint=6), endpoint(1)
+    index.learn([1, 2, 3, 4], one)
+    index.learn([11, 12], one)
+    index.unlearn([3, 4], one.address)
+    index.learn([21, 22, 23, 24], one)
+    assert (index.match([1]), index.match([11, 12])) == ({}, {one.address: 2})
+
+
+def test_four_blocks_that_were_used_are_spared_for_each_that_goes() -> None:
+    index, one = PrefixIndex(RULE, per_endpoint=12), endpoint(1)
+    for block in [*range(1, 13), *range(1, 13)]:
+        index.learn([block], one)
+    index.learn([99], one)
+    assert [block for block in range(1, 13) if not index.match([block])] == [5]
+    index.learn([100], one)
+    assert [block for block in range(1, 13) if not index.match([block])] == [5, 10]
+
+
+def test_an_address_has_its_own_room_when_another_pod_takes_it_over() -> None:
+    index = PrefixIndex(RULE, per_endpoint=100)
+    index.fit(endpoint(1).address, 4 * 10.0)
+    index.keep({})
+    assert index.limit(endpoint(1).address) == 100
+
+
+class Plain:
+    """The plainest index there is: for each endpoint a list of its blocks, the oldest first, and those used again."""
+
+    def __init__(self, per_endpoint: int, in_all: int) -> None:
+        self.per_endpoint = per_endpoint
+        self.in_all = in_all
+        self.held: dict[str, list[int]] = {}
+        self.used: dict[str, set[int]] = {}
+        self.rooms: dict[str, int] = {}
+
+    def limit(self, address: str) -> int:
+        rooms = [self.rooms.get(each, self.per_endpoint) for each in self.held]
+        level = max(
+            level for level in range(self.in_all + 1) if sum(min(level, r) for r in rooms) <= self.in_all
+        )
+        return max(1, min(level, self.rooms.get(address, self.per_endpoint)))
+
+    def learn(self, chain: Sequence[int], address: str) -> None:
+        if not chain:
+            return
+        if address not in self.held:
+            self.held[address], self.used[address] = [], set()
+            self.trim()
+        limit = self.limit(address)
+        held, blocks = self.held[address], list(chain[:limit])
+        fresh = [each for each in dict.fromkeys(blocks) if each not in held]
+        self.used[address] |= {each for each in blocks if each in held}
+        if len(held) + len(fresh) > limit:
+            self.make_room(address, limit - len(fresh), set(blocks))
+        held.extend(reversed(fresh))
+
+    def make_room(self, address: str, most: int, keep: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+        held, used = self.held[address], self.used[address]
+        spared = 4 * (len(held) - most)
+        while len(held) > most:
+            block = held.pop(0)
+            if block in keep:
+                held.append(block)
+            elif block in used and spared:
+                spared -= 1
+                used.remove(block)
+                held.append(block)
+            else:
+                used.discard(block)
+
+    def trim(self) -> None:
+        for address, held in self.held.items():
+            if len(held) > self.limit(address):
+                self.make_room(address, self.limit(address))
+
+    def unlearn(self, chain: Sequence[int], address: str) -> None:
+        if address in self.held:
+            self.held[address] = [each for each in self.held[address] if each not in chain]
+            self.used[address] -= set(chain)
+
+    def fit(self, address: str, room: int | None) -> None:
+        self.rooms[address] = self.per_endpoint if room is None else max(1, min(room, self.per_endpoint))
+        self.trim()
+
+    def forget(self, address: str) -> None:
+        self.held.pop(address, None)
+
+    def match(self, chain: Sequence[int]) -> dict[str, int]:
+        matched = {}
+        for address, held in self.held.items():
+            gap = next((place for place, each in enumerate(chain) if each not in held), len(chain))
+            if gap:
+                matched[address] = gap
+        return matched
+
+
+NUMBERS = st.integers(1, 5)
+
+
 class Learning(RuleBasedStateMachine):
-    """The index against the plainest model there is: a set of blocks for each endpoint, that it may hold at most."""
+    """The index against the plainest one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.index = PrefixIndex(RULE, per_endpoint=12, in_all=40)
-        self.sent: dict[str, set[int]] = {}
+        self.plain = Plain(12, 40)
 
     @rule(
-        number=st.integers(1, 5),
+        number=NUMBERS,
         family=st.integers(0, 3),
         length=st.integers(0, 16),
         branch=st.integers(0, 16),
@@ -146,52 +311,70 @@ class Learning(RuleBasedStateMachine):
     def learn(self, number: int, family: int, length: int, branch: int) -> None:
         chain = [family * 100 + (place if place < branch else place + 50) for place in range(length)]
         self.index.learn(chain, endpoint(number))
-        self.sent.setdefault(endpoint(number).address, set()).update(chain)
+        self.plain.learn(chain, endpoint(number).address)
         held = self.index.match(chain).get(endpoint(number).address, 0)
-        assert held == min(length, self.index.limit)
+        assert held == min(length, self.index.limit(endpoint(number).address))
 
-    @precondition(lambda self: self.sent)
-    @rule(pick=st.integers(0, 9))
-    def forget(self, pick: int) -> None:
-        address = sorted(self.sent)[pick % len(self.sent)]
-        del self.sent[address]
-        self.index.forget(address)
+    @rule(number=NUMBERS, family=st.integers(0, 3), begin=st.integers(0, 16), length=st.integers(0, 16))
+    def unlearn(self, number: int, family: int, begin: int, length: int) -> None:
+        chain = [family * 100 + begin + place for place in range(length)]
+        self.index.unlearn(chain, endpoint(number).address)
+        self.plain.unlearn(chain, endpoint(number).address)
 
-    @rule(stay=st.sets(st.integers(1, 5)))
+    @rule(number=NUMBERS, room=st.none() | st.integers(0, 20))
+    def fit(self, number: int, room: int | None) -> None:
+        self.index.fit(endpoint(number).address, None if room is None else 4.0 * room)
+        self.plain.fit(endpoint(number).address, room or None)
+
+    @rule(number=NUMBERS)
+    def forget(self, number: int) -> None:
+        known = endpoint(number).address in self.plain.held
+        assert self.index.forget(endpoint(number).address) == known
+        self.plain.forget(endpoint(number).address)
+
+    @rule(stay=st.sets(NUMBERS))
     def keep(self, stay: set[int]) -> None:
         left = {endpoint(number).address: endpoint(number) for number in stay}
         self.index.keep(left)
-        self.sent = {address: sent for address, sent in self.sent.items() if address in left}
+        for address in self.plain.held.keys() - left:
+            self.plain.forget(address)
+        self.plain.rooms = {address: room for address, room in self.plain.rooms.items() if address in left}
 
     @invariant()
     def bounds_hold(self) -> None:
         index = self.index
         assert len(index) <= 40
         assert index.distinct <= len(index)
-        assert all(len(holder) <= index.limit for holder in index._holders.values())
+        assert all(len(holder) <= index.limit(address) for address, holder in index._holders.items())
+
+    @invariant()
+    def both_hold_the_same(self) -> None:
+        index = self.index
+        held = {address: list(each.blocks[each.first :]) for address, each in index._holders.items()}
+        assert held == self.plain.held
+        assert index.held() == {address: len(blocks) for address, blocks in held.items()}
+        assert {address: index.limit(address) for address in held} == {
+            address: self.plain.limit(address) for address in held
+        }
 
     @invariant()
     def the_table_is_what_the_holders_hold(self) -> None:
-        index = self.index
-        bits = Counter(
-            place for mask in index._table.values() for place in range(10) if mask >> 2 * place & 1
-        )
-        for address, holder in index._holders.items():
-            held = list(holder.blocks[holder.first :])
-            assert len(held) == len(set(held)) == bits.pop(holder.place, 0)
-            assert set(held) <= self.sent.get(address, set())
-            assert all(index._table[block] & holder.has for block in held)
-        assert not bits  # nothing is left of those who are forgotten
-        assert all(mask > 0 for mask in index._table.values())
+        masks: Counter[int] = Counter()
+        for address, holder in self.index._holders.items():
+            for block in self.plain.held[address]:
+                masks[block] |= holder.has | (holder.used if block in self.plain.used[address] else 0)
+        assert self.index._table == masks  # and nothing is left of those who are forgotten
 
     @invariant()
-    def a_match_is_of_what_was_sent(self) -> None:
-        for address, count in self.index.match(list(range(16))).items():
-            assert set(range(count)) <= self.sent[address]
+    def both_match_the_same(self) -> None:
+        for family in range(4):
+            for branch in (0, 3, 16):
+                chain = [family * 100 + (place if place < branch else place + 50) for place in range(16)]
+                assert dict(self.index.match(chain)) == self.plain.match(chain)
 
 
 TestLearning = Learning.TestCase
-TestLearning.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestLearning.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=30, unique=True), st.data())
@@ -204,36 +387,6 @@ def test_a_conversation_is_found_where_it_was_and_more_of_it_every_turn(chain: l
         known = data.draw(st.integers(known + 1, len(chain)))
         index.learn(chain[:known], endpoint(1))
     assert index.match(chain) == {endpoint(1).address: len(chain)}
-
-
-# -- engines that began anew ---------------------------------------------------------------------------------------
-
-
-def state(hit_rate: float | None = None, *, reachable: bool = True, scraped: bool = True) -> EngineState:
-    stats = EngineStats(at=0.0, prefix_cache_hit_rate=hit_rate) if scraped else None
-    return EngineState(stats=stats, reachable=reachable)
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "empty"),
-    [
-        ({"a": state(0.5)}, {"a": state(0.25)}, []),
-        ({"a": state(0.5)}, {"a": state()}, ["a"]),
-        ({"a": state()}, {"a": state()}, []),
-        ({"a": state()}, {"a": state(0.5)}, []),
-        ({}, {"a": state()}, []),
-        ({}, {"a": state(scraped=False)}, []),
-        ({"a": state(0.5)}, {}, []),
-        ({"a": state(0.5)}, {"a": state(0.5, reachable=False), "b": state(0.5)}, ["a"]),
-        ({}, {"a": state(reachable=False, scraped=False)}, ["a"]),
-    ],
-)
-def test_whose_cache_is_empty(
-    before: Mapping[str, EngineState], now: Mapping[str, EngineState], empty: list[str]
-) -> None:
-    caches = EmptyCaches()
-    caches.among(before)
-    assert caches.among(now) == empty
 
 
 # -- the bound on load ---------------------------------------------------------------------------------------------
@@ -282,6 +435,7 @@ def director(
     in_flight: Mapping[str, int] | None = None,
     states: Mapping[str, EngineState] | None = None,
     policy: str = "prefix-cache",
+    fairness: Fairness | None = None,
 ) -> Director:
     loads = {} if in_flight is None else in_flight
     made = Director(
@@ -290,6 +444,7 @@ def director(
         in_flight=lambda address: loads.get(address, 0),
         states={} if states is None else states,
         rng=random.Random(1),
+        fairness=fairness,
     )
     made.update(Snapshot([endpoint(number) for number in range(1, count + 1)]))
     return made
@@ -366,9 +521,10 @@ def test_without_a_prompt_load_decides() -> None:
     assert decision.chosen.endpoint != endpoint(1)
 
 
-@pytest.mark.parametrize("end", ["left", "refused", "emptied"])
+@pytest.mark.parametrize("end", ["left", "refused", "restarted"])
 def test_what_is_gone_is_forgotten(end: str) -> None:
-    states = {endpoint(number).address: state(0.5) for number in (1, 2, 3)}
+    stats = EngineStats(at=0.0, running=1.0)
+    states = {endpoint(number).address: EngineState(stats=stats) for number in (1, 2, 3)}
     made = director(states=states)
     first = made.schedule(asking(blocks(4)), 0.0).chosen.endpoint
     held = made._profiles.prefixes
@@ -376,9 +532,62 @@ def test_what_is_gone_is_forgotten(end: str) -> None:
     if end == "left":
         made.update(Snapshot([endpoint(number) for number in (1, 2, 3) if endpoint(number) != first]))
     else:
-        states[first.address] = state(0.5, reachable=False) if end == "refused" else state()
+        states[first.address] = EngineState(
+            stats=msgspec.structs.replace(stats, life=int(end == "restarted")), reachable=end != "refused"
+        )
         made.schedule(SchedulingRequest(model=MODEL), 3.0)
     assert (len(held), held.distinct) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "knows"),
+    [
+        ("prefix-cache", True),
+        ("prefix-cache:1,least-request:1", True),
+        ("bounded-load", False),
+        ("least-request", False),
+    ],
+)
+def test_after_a_retry_the_next_turn_goes_to_the_pod_that_served(policy: str, knows: bool) -> None:
+    made = director()
+    first = made.schedule(asking(blocks(4), policy=policy), 0.0)
+    assert (first.ticket is not None) == (first.chosen.prefix_match is not None) == knows
+    served = next(each for each in made.snapshot.endpoints if each != first.chosen.endpoint)
+    made._prompts.finished(
+        report(routing=routing_of(first), served_by=served, served_address=served.address, attempts=2)
+    )
+    held = made._profiles.prefixes.held()
+    assert held == ({first.chosen.endpoint.address: 0, served.address: 4} if knows else {})
+    again = made.schedule(asking(blocks(5)), 0.0).chosen
+    assert again.prefix_match == (0.8 if knows else 0.0)
+    assert again.endpoint == served or not knows
+
+
+def test_a_prompt_too_short_for_a_block_has_no_ticket() -> None:
+    decision = director().schedule(asking("short"), 0.0)
+    assert (decision.ticket, decision.chosen.prefix_match) == (None, None)
+
+
+def test_a_user_and_a_prompt_have_one_ticket() -> None:
+    fairness = Fairness(FairnessRules(), name="me", clock=lambda: 0.0)
+    made = director(fairness=fairness)
+    request = msgspec.structs.replace(asking(blocks(4), policy="prefix-cache,vtc-basic"), user="ann")
+    decision = made.schedule(request, 0.0)
+    assert decision.ticket == "me-1"
+    fairness.finished(report(routing=routing_of(decision), usage=Usage(prompt_tokens=10)))
+    assert fairness.standing("ann", 0.0).own == 10.0
+    assert len(made._prompts) == 1
+    made._prompts.finished(report(routing=routing_of(decision)))
+    assert len(made._prompts) == 0
+
+
+def test_an_endpoint_is_remembered_as_far_as_its_engine_has_room() -> None:
+    small = EngineState(stats=EngineStats(at=0.0, kv_cache_tokens=12.0))
+    made = director(1, states={endpoint(1).address: small})
+    for _ in range(2):
+        made.schedule(asking(blocks(8)), 0.0)
+    assert made._profiles.prefixes.held() == {endpoint(1).address: 3}
+    assert made.schedule(asking(blocks(8)), 0.0).chosen.prefix_match == 3 / 8
 
 
 def test_in_a_mixture_a_small_match_counts_little() -> None:

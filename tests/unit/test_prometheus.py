@@ -178,3 +178,29 @@ def test_breakers() -> None:
     del rows[0]
     assert 'endpoint="pod-1"' not in generate_latest(made.registry).decode()
     assert value(made, "envoy_extproc_endpoint_breaker_state", endpoint="pod-2") == 0
+
+
+def test_prompts_that_were_matched() -> None:
+    made = metrics()
+    routing = report().routing
+    assert routing is not None
+    for share, tokens in ((0.75, 400), (0.0, 100), (None, 1000)):
+        told = msgspec.structs.replace(routing, prefix_match=share)
+        made.finished(report(routing=told, usage=Usage(prompt_tokens=tokens)))
+    made.finished(report(routing=None))
+    name = "envoy_extproc_prefix_prompt_tokens_total"
+    assert value(made, name, model=MODEL, part="all") == 500
+    assert value(made, name, model=MODEL, part="matched") == 300
+    made.snapshot_changed(Snapshot([endpoint(1)]), Snapshot())
+    assert value(made, name, model=MODEL, part="all") is None
+
+
+def test_what_is_remembered_of_prompts() -> None:
+    made = metrics()
+    rows = [("pod-1", 30, 100)]
+    made.follow_prefixes(lambda: rows, lambda: {"restarted": 2})
+    assert value(made, "envoy_extproc_prefix_blocks", endpoint="pod-1") == 30
+    assert value(made, "envoy_extproc_prefix_blocks_limit", endpoint="pod-1") == 100
+    assert value(made, "envoy_extproc_prefix_forgotten_total", reason="restarted") == 2
+    rows.clear()
+    assert 'endpoint="pod-1"' not in generate_latest(made.registry).decode()
