@@ -117,6 +117,16 @@ async def test_as_many_brackets_as_fit(both: Lanes) -> None:
     assert (status, len(error["message"]) < 500) == (400, True)
 
 
+@pytest.mark.parametrize("where", ["messages", "tools", "cache_salt"])
+async def test_as_many_values_as_fit_where_the_prompt_decides(both: Lanes, where: str) -> None:
+    """They are not built: the gateway is no larger behind them than behind a text of as many bytes."""
+    values = b"{}," * (LIMIT // 3 - 100) + b"{}"
+    body = b'{"model":"%b","messages":[],"%b":[%b]}' % (MODEL.encode(), where.encode(), values)
+    headers = {**JSON_TYPE, "routing-strategy": "prefix-cache"}
+    answer = await both.ask(ANSWER, data=lambda: io.BytesIO(body), headers=headers)
+    assert (answer.status, answer.header["routing-strategy"]) == (200, "least-request")
+
+
 async def test_one_byte_more_than_fits(both: Lanes) -> None:
     status, error = await refused(both, b"[" * (LIMIT + 1))
     assert (status, error["code"]) == (413, "request_too_large")

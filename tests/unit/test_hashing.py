@@ -97,6 +97,15 @@ def test_requests_of_few_keys_fill_up_to_the_bound() -> None:
     assert min(loads.values()) < 400 / 8  # the keys' own come first
 
 
+@given(st.integers(2, 9), st.integers(0, 8), st.binary(max_size=4))
+def test_a_key_moves_only_with_its_pod_while_there_is_room(count: int, gone: int, key: bytes) -> None:
+    idle = [candidate(number) for number in range(count)]
+    left = [each for number, each in enumerate(idle) if number != gone % count]
+    before = decided("bounded-load", idle, session_key=key).chosen
+    after = decided("bounded-load", left, session_key=key).chosen
+    assert (after == before) is (before in left)
+
+
 @pytest.mark.parametrize(
     ("known", "same"),
     [
