@@ -223,7 +223,7 @@ _REQUEST = SchedulingRequest(
     session="10.0.0.3:8000",
     session_key=b"tenant-7",
     user="ann",
-    standing=Standing(own=2000, least=0, most=6000),
+    standing=Standing(own=2000, least=0, most=6000, below=0.25),
 )
 _SHARED: Mapping[str, Any] = {
     "prompt_tokens_per_request": 1000.0,

@@ -3,7 +3,9 @@
 Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), keep a counter of weighted tokens for each user and
 serve next whoever has the least. A gateway holds no queue, so it cannot say when a request is served, only where. So
 users who have had most are kept apart from those who have had least: endpoints stand in the order of their addresses, light
-users go to the first, heavy ones to the last, and where all are alike, or a user is alone, load decides by itself.
+users go to the first, heavy ones to the last, and where all are alike, or a user is alone, load decides by itself. How many
+others have had less says where a user goes, not how much less: so each has an equal part of the endpoints, and one who is far
+ahead of all others has not the last ones alone.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class FairnessRules(msgspec.Struct, frozen=True, kw_only=True):
 class VtcScorer:
     """How well an endpoint suits a user who has had so much, and how idle it is.
 
-    With endpoints in the order of their addresses at 0 to 1, and a user between the least served (0) and the most (1), the
-    score is ``1 - (fairness * |endpoint - user| * apart + load * in_flight / most) / (fairness + load)``; `apart` is
+    With endpoints in the order of their addresses at 0 to 1, and a user between the least served (0) and the most (1) by the
+    share of the others below, the score is ``1 - (fairness * |endpoint - user| * apart + load * in_flight / most) / (fairness + load)``; `apart` is
     ``(most served - least served) / apart_tokens``, at most 1.
     """
 
@@ -61,12 +63,11 @@ class VtcScorer:
             raise MissingDataError("no-user")
         between = standing.most - standing.least
         apart = min(1.0, between / rules.apart_tokens)
-        user = (standing.own - standing.least) / between if between > 0 else 0.0
         most = max([candidate.in_flight for candidate in candidates]) or 1
         whole = rules.fairness_weight + rules.load_weight
         fairness, load = rules.fairness_weight * apart / whole, rules.load_weight / whole
         return [
-            max(0.0, 1.0 - (fairness * abs(place - user) + load * candidate.in_flight / most))
+            max(0.0, 1.0 - (fairness * abs(place - standing.below) + load * candidate.in_flight / most))
             for place, candidate in zip(_places(candidates), candidates, strict=True)
         ]
 

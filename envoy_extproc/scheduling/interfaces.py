@@ -19,11 +19,13 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
         own: the user's.
         least: of them all, the user included.
         most: likewise.
+        below: share of the others who have been served less, 0 to 1; who is alike counts half, and 0 where there is nobody.
     """
 
     own: float
     least: float
     most: float
+    below: float
 
 
 class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,7 +144,8 @@ class MissingDataError(Exception):
     """A scorer lacks what it scores by.
 
     Attributes:
-        reason: a word or two for a metric's label: `no-stats`, `no-session`, `session-gone`, `no-key`, `no-user`.
+        reason: a word or two for a metric's label: `no-stats`, `no-prompt`, `no-session`, `session-gone`, `no-key`,
+            `no-user`.
     """
 
     def __init__(self, reason: str) -> None:

@@ -78,11 +78,15 @@ class Fairness:
     def standing(self, user: str, now: float) -> Standing:
         """How `user` stands among those with requests under way."""
         self._pass_time(now)
-        own = self._lifted(self._account(user))
+        account = self._account(user)
+        own, totals = self._lifted(account), self._active.values()
+        others = len(totals) - (account in self._active)
+        less, alike = sum(map(own.__gt__, totals)), others - len(totals) + sum(map(own.__eq__, totals))
         return Standing(
             own=own,
-            least=min(own, min(self._active.values(), default=own)),
-            most=max(own, max(self._active.values(), default=own)),
+            least=min(own, min(totals, default=own)),
+            most=max(own, max(totals, default=own)),
+            below=(less + alike / 2) / others if others else 0.0,
         )
 
     def charge(self, user: str, prompt_tokens: int, max_output_tokens: int | None, now: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import combinations, cycle
 from statistics import mean
 from typing import Any
@@ -135,7 +135,7 @@ def test_who_left_is_not_under_way_though_the_report_goes_to_another_server() ->
     assert (fairness._under_way, fairness._active) == ({}, {})
     assert own(fairness, "ann", clock) == 200  # the estimates stand
     clock.now += 330
-    assert fairness.standing("bob", clock.now) == Standing(own=0, least=0, most=0)
+    assert fairness.standing("bob", clock.now) == Standing(own=0, least=0, most=0, below=0)
     assert fairness._totals == {}
     clock.now += 3600
     fairness.standing("bob", clock.now)
@@ -205,22 +205,34 @@ def test_who_comes_back_is_lifted_to_the_least_of_those_under_way() -> None:
         fairness.charge(user, 0, 0, clock.now)
     assert own(fairness, "bob", clock) == 3000 + 100  # with which bob began
     fairness.finished(over("here-1", 10, 0))
-    assert fairness.standing("cid", clock.now) == Standing(own=10, least=10, most=5100)  # was here just now
-    assert fairness.standing("dan", clock.now) == Standing(own=3100, least=3100, most=5100)
+    assert fairness.standing("cid", clock.now) == Standing(
+        own=10, least=10, most=5100, below=0
+    )  # was here just now
+    assert fairness.standing("dan", clock.now) == Standing(own=3100, least=3100, most=5100, below=0.25)
     fairness.charge("dan", 0, 0, clock.now)
-    assert fairness.standing("dan", clock.now) == Standing(own=3100, least=3100, most=5100)
+    assert fairness.standing("dan", clock.now) == Standing(own=3100, least=3100, most=5100, below=0.25)
     clock.now += 290
     fairness.charge("bob", 20, 0, clock.now)
     fairness.charge("ann", 30, 0, clock.now)
     fairness.finished(over("here-6", 0, 0))  # dan's only one
     clock.now += 10
-    assert fairness.standing("cid", clock.now) == Standing(own=20, least=20, most=30)
+    assert fairness.standing("cid", clock.now) == Standing(own=20, least=20, most=30, below=0.25)
 
 
 def test_where_nobody_is_there_is_nobody_to_be_lifted_to() -> None:
     fairness, clock = made()
     fairness.finished(over(fairness.charge("ann", 0, 0, clock.now), 5000, 0))
-    assert fairness.standing("bob", clock.now) == Standing(own=0, least=0, most=0)
+    assert fairness.standing("bob", clock.now) == Standing(own=0, least=0, most=0, below=0)
+
+
+def test_a_user_stands_above_those_who_had_less() -> None:
+    fairness, clock = made(max_users=9)
+    for user, tokens in (("ann", 100), ("bob", 100), ("cid", 300), ("dan", 9_000)):
+        fairness.finished(over(fairness.charge(user, 0, 0, clock.now), tokens, 0))
+    for user in ("ann", "bob", "cid", "dan"):
+        fairness.charge(user, 0, 0, clock.now)
+    below = [fairness.standing(user, clock.now).below for user in ("ann", "bob", "cid", "dan")]
+    assert below == pytest.approx([1 / 6, 1 / 6, 2 / 3, 1])  # of the other three; who is alike counts half
 
 
 def test_a_lift_is_forgotten_with_what_it_was_measured_by() -> None:
@@ -284,6 +296,8 @@ def test_counters_never_lie(steps: list[tuple[str, str]], seed: int) -> None:
             clock.now += rng.choice([0.5, 3.0, 70.0])
         standing = fairness.standing(user, clock.now)
         assert 0 <= standing.least <= standing.own <= standing.most
+        assert 0 <= standing.below <= 1
+        assert standing.below > 0 or standing.own == standing.least or not fairness._active
         assert fairness._active.keys() == fairness._under_way.keys()
         assert all(fairness._totals[name] == total for name, total in fairness._active.items())
         assert len(fairness._charges) == len(open_)
@@ -416,19 +430,19 @@ def scored(standing: Standing | None, *in_flight: int, **rules: Any) -> list[flo
     return list(VtcScorer(FairnessRules(**rules)).score(request, candidates))
 
 
-def stands(own: float, least: float = 0, most: float = 8000) -> Standing:
-    return Standing(own=own, least=least, most=most)
+def stands(below: float, most: float = 8000) -> Standing:
+    return Standing(own=most * below, least=0, most=most, below=below)
 
 
 @pytest.mark.parametrize(
     ("standing", "in_flight", "scores"),
     [
         (stands(0), (0, 0, 0), [1.0, 0.75, 0.5]),
-        (stands(8000), (0, 0, 0), [0.5, 0.75, 1.0]),
-        (stands(4000), (0, 0, 0), [0.75, 1.0, 0.75]),
-        (stands(0, 0, 4000), (0, 0, 0), [1.0, 0.875, 0.75]),  # half apart
-        (stands(16000, 0, 16000), (0, 0, 0), [0.5, 0.75, 1.0]),
-        (stands(0, 0, 0), (4, 2, 0), [0.5, 0.75, 1.0]),  # alone: load alone
+        (stands(1), (0, 0, 0), [0.5, 0.75, 1.0]),
+        (stands(0.5), (0, 0, 0), [0.75, 1.0, 0.75]),
+        (stands(0, 4000), (0, 0, 0), [1.0, 0.875, 0.75]),  # half apart
+        (stands(1, 16000), (0, 0, 0), [0.5, 0.75, 1.0]),
+        (stands(0.5, 0), (4, 2, 0), [0.5, 0.75, 1.0]),  # alike, or alone: load alone
         (stands(0), (4, 2, 0), [0.5, 0.5, 0.5]),
         (stands(0), (9,), [0.5]),
     ],
@@ -529,18 +543,21 @@ def test_without_a_user_least_request_decides() -> None:
     assert decided.chosen.endpoint.name == "pod-2"
 
 
-def waits(policy: str) -> dict[str, float]:
-    """Mean steps to an answer of a user with one request at a time, and of one with forty, on four pods that take turns."""
+NO_USERS: Mapping[str, tuple[int, int]] = {}
+
+
+def waits(policy: str, pods: int = 4, users: Mapping[str, tuple[int, int]] = NO_USERS) -> dict[str, float]:
+    """Mean steps to an answer, by user, on pods that take turns; of each user its requests at a time, and their tokens."""
     queues: dict[str, deque[tuple[str, int, str | None]]] = {
-        f"10.0.0.{number}:8000": deque() for number in range(1, 5)
+        f"10.0.0.{number}:8000": deque() for number in range(1, pods + 1)
     }
-    by, fairness, clock = director(policy, lambda address: len(queues[address]), 4)
-    took: dict[str, list[int]] = {"light": [], "heavy": []}
+    by, fairness, clock = director(policy, lambda address: len(queues[address]), pods)
+    took: dict[str, list[int]] = {user: [] for user in users}
     under_way = Counter[str]()
-    for step in range(2000):
-        for user, most in (("heavy", 40), ("light", 1)):
+    for step in range(1500):
+        for user, (most, tokens) in users.items():
             while under_way[user] < most:
-                request = SchedulingRequest(model=MODEL, user=user, prompt_tokens=300)
+                request = SchedulingRequest(model=MODEL, user=user, prompt_tokens=tokens)
                 decided = by.schedule(request, clock.now)
                 queues[decided.chosen.endpoint.address].append((user, step, decided.ticket))
                 under_way[user] += 1
@@ -550,13 +567,25 @@ def waits(policy: str) -> dict[str, float]:
                 under_way[user] -= 1
                 took[user].append(step - begun + 1)
                 if ticket is not None:
-                    fairness.finished(over(ticket, 300, 300))
+                    tokens = users[user][1]
+                    fairness.finished(over(ticket, tokens, tokens))
         clock.now += 0.1
     return {user: mean(steps[len(steps) // 2 :]) for user, steps in took.items()}
 
 
 def test_a_light_user_does_not_wait_behind_a_heavy_one() -> None:
-    alike, fair = waits("least-request"), waits("vtc-basic")
+    users = {"heavy": (40, 300), "light": (1, 300)}
+    alike, fair = waits("least-request", users=users), waits("vtc-basic", users=users)
     assert alike["light"] > 10
     assert fair["light"] < alike["light"] / 2
     assert fair["heavy"] < alike["heavy"] * 1.1
+
+
+@pytest.mark.parametrize("at_a_time", [1, 8])
+def test_who_has_most_of_all_gains_nothing_by_it(at_a_time: int) -> None:
+    """One of many: were all others at the first endpoints, far below, the last ones would be idle but for that one."""
+    light = {f"light-{number}": (4, 300) for number in range(10)}
+    users = {**light, "heavy": (at_a_time, 5000)}
+    alike, fair = waits("least-request", 8, users), waits("vtc-basic", 8, users)
+    assert fair["heavy"] > 0.8 * alike["heavy"]
+    assert mean([fair[user] for user in light]) < 1.05 * mean([alike[user] for user in light])

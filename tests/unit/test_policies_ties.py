@@ -59,7 +59,7 @@ def asked(policy: str) -> SchedulingRequest:
         prompt_tokens=300,
         prompt=None if keyed else prompt(),
         adapter=policy.startswith("lora"),
-        standing=Standing(own=5.0, least=5.0, most=5.0),
+        standing=Standing(own=5.0, least=5.0, most=5.0, below=0.5),
     )
 
 

@@ -16,10 +16,12 @@ from envoy_extproc import mixes
 from envoy_extproc.endpoints import EngineStats
 from envoy_extproc.errors import NoReadyEndpoint
 from envoy_extproc.scheduling import explain, guide, registry, selectors
+from envoy_extproc.scheduling.fairness import FairnessRules
 from envoy_extproc.scheduling.hashing import capacity
-from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest, Standing
+from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
 from envoy_extproc.scheduling.profile import totals
 from envoy_extproc.scheduling.scorers_prefix import PrefixLoadFilter
+from envoy_extproc.state.fairness import Fairness
 from tests.support import arithmetic
 from tests.support.builders import MODEL, candidate, endpoint
 from tests.support.pages import DOCS, section
@@ -304,14 +306,24 @@ def test_the_limit_of_a_prefix(held: int, count: int) -> None:
     assert (candidates[0] in left) == (count <= limit)
 
 
-@pytest.mark.parametrize("own", [0.0, 1000.0, 5000.0])
-@pytest.mark.parametrize("most", [5000.0, 20_000.0])
-def test_the_score_of_a_user(own: float, most: float) -> None:
-    request = SchedulingRequest(model=MODEL, standing=Standing(own=own, least=0.0, most=most))
+@pytest.mark.parametrize("others", [(), (0,), (9,), (0, 1000, 1000, 5000), (400, 2000, 20_000)])
+def test_the_score_of_a_user(others: tuple[int, ...]) -> None:
+    fairness = Fairness(FairnessRules(input_weight=1, output_weight=0))
+    own = 1000
+    for user in range(1 + len(others)):
+        fairness.charge(f"{user}", 0, 0, 0.0)  # all come before anybody is served
+    for user, served in enumerate((own, *others)):
+        fairness.charge(f"{user}", served, 0, 0.0)
+    request = SchedulingRequest(model=MODEL, standing=fairness.standing("0", 0.0))
     decision = registry.build()["vtc-basic"].run(request, FLEET, random.Random(1))
     known = definitions(PAGE)
     for place, (each, score) in enumerate(zip(FLEET, decision.scores[0].values, strict=True)):
-        names = SETTINGS | {"served": own, "least_served": 0.0, "most_served": most}
+        names = SETTINGS | {"least_served": min(own, *others, own), "most_served": max(own, *others, own)}
+        names |= {
+            "others": len(others) or 1,
+            "less": sum(map(own.__gt__, others)),
+            "alike": others.count(own),
+        }
         names |= {"in_flight": each.in_flight, "most_in_flight": 2, "place": place / 2}
         assert score == pytest.approx(arithmetic.value(known["score"], names, known))
 

@@ -459,9 +459,9 @@ REQUESTS = st.builds(
     session=st.none() | st.sampled_from(["", "10.0.0.1:8000", "10.0.0.3:8000", "nobody"]),
     session_key=st.none() | st.binary(max_size=3),
     standing=st.none()
-    | st.lists(st.floats(0, 1e15) | st.just(0.0), min_size=3, max_size=3).map(
-        lambda three: Standing(own=sorted(three)[1], least=min(three), most=max(three))
-    ),
+    | st.tuples(
+        st.lists(st.floats(0, 1e15) | st.just(0.0), min_size=3, max_size=3).map(sorted), st.floats(0, 1)
+    ).map(lambda drawn: Standing(least=drawn[0][0], own=drawn[0][1], most=drawn[0][2], below=drawn[1])),
 )
 MIXES = st.lists(
     st.tuples(
