@@ -125,14 +125,13 @@ _S = TypeVar("_S", bound=Sequence)
 
 @dataclass(slots=True)
 class _Step(Generic[_S]):
-    """A step under way; `open` until nothing more can join it."""
+    """A step under way."""
 
     began: float
     budget: int
     sequences: list[_S] = field(default_factory=list)
     decoding: int = 0
     prefilled: int = 0
-    open: bool = True
     ends: float = 0.0
 
     def add(self, sequence: _S, tokens: int) -> None:
@@ -291,7 +290,7 @@ class Batch(Generic[_S]):
         step = self._step
         if step is None:
             self._begin_step(now)
-        elif step.open and step.began == now:
+        elif step.began == now:
             self._admit(step)
             step.ends = now + self._pace.step(step.decoding, step.prefilled)
 
@@ -318,19 +317,21 @@ class Batch(Generic[_S]):
                 step.decoding += 1
                 continue
             tokens = min(tokens, step.budget)
-            if computed + tokens > sequence.capacity and not self._extend(sequence, tokens, step, order):
+            if computed + tokens > sequence.capacity and not self._extend(sequence, tokens, order):
                 return
             if tokens:
                 step.add(sequence, tokens)
 
-    def _extend(self, sequence: _S, tokens: int, step: _Step[_S], order: list[_S]) -> bool:
-        """Has blocks for so many more tokens; preempts for them those admitted last, in the end the sequence itself."""
+    def _extend(self, sequence: _S, tokens: int, order: list[_S]) -> bool:
+        """Has blocks for so many more tokens; preempts for them those admitted last, in the end the sequence itself.
+
+        Nobody is admitted in a step that preempts: the one at the head of the queue needs as many blocks as it just lost.
+        """
         missing = self._blocks(sequence.computed + tokens) - len(sequence.blocks)
         while missing > self._cache.free:
             last = order.pop()
             del self._running[last]
             self._preempt(last)
-            step.open = False  # who was preempted is not admitted again in the same step
             if last is sequence:
                 return False
         self._allocate(sequence, missing, tokens)
@@ -345,7 +346,7 @@ class Batch(Generic[_S]):
 
     def _admit(self, step: _Step[_S]) -> None:
         self._arriving = 0
-        while step.open and self._waiting and step.budget and len(self._running) < self._options.max_running:
+        while self._waiting and step.budget and len(self._running) < self._options.max_running:
             sequence = self._waiting[0]
             size, known = self._options.block_size, sequence.known
             # At least one token is always computed, so the last block of a prompt that ends with it is no hit.

@@ -179,6 +179,28 @@ def test_a_chunked_prompt_goes_on_before_others_begin() -> None:
     assert second == pytest.approx(5 * 0.1 + 40 / 500 + 0.9)
 
 
+def test_who_was_admitted_first_has_the_budget_first() -> None:
+    model, prompt, writer = batch(max_batched_tokens=3), sequence("a" * 80), sequence("b" * 4, tokens=90)
+    model.submit([prompt], now=0.0)
+    prompt.held = True  # so that the other is admitted while this is not done
+    model.submit([writer], now=0.01)
+    while writer.generated < 2:
+        model.step(due(model))
+    prompt.held = False
+    model.step(due(model))
+    written, computed = writer.generated, prompt.computed
+    for _ in range(3):
+        model.step(due(model))
+    assert (prompt.computed - computed, writer.generated - written) == (9, 0)
+
+
+@pytest.mark.parametrize("budget", [7, 8])
+def test_the_last_token_of_a_prompt_is_no_decode(budget: int) -> None:
+    model = batch(max_batched_tokens=budget)
+    (first,) = first_tokens(model, [sequence("a" * 32)])
+    assert first == pytest.approx((2 if budget < 8 else 1) * 0.1 + 8 / 500 + 0.9)
+
+
 # Queue
 
 
@@ -200,8 +222,12 @@ def test_who_comes_while_a_step_is_under_way_is_no_queue_yet() -> None:
     model = batch()
     model.submit([sequence("a" * 16)], now=0.0)
     model.submit([sequence("b" * 16)], now=0.01)
+    gone = sequence("c" * 16)
+    model.submit([gone], now=0.02)
     assert gauges(model) == (1, 0)
-    assert model.unfinished == 2
+    assert model.unfinished == 3
+    model.abort(gone, now=0.03)
+    assert gauges(model) == (1, 0)
     model.step(due(model))
     assert gauges(model) == (2, 0)
 
@@ -312,6 +338,17 @@ def test_a_prompt_whose_first_chunk_would_fit_waits_too() -> None:
     assert gauges(model) == (1, 1)
 
 
+def test_blocks_that_an_abort_frees_are_had_at_once() -> None:
+    model, hog, other = batch(kv_blocks=11), sequence("a" * 144), sequence("b" * 96)
+    model.submit([hog, other], now=0.0)
+    hog.held = True
+    run(model)
+    assert gauges(model) == (1, 1)
+    model.abort(hog, now=9.0)
+    assert gauges(model) == (1, 0)
+    assert due(model) == pytest.approx(9.1 + 24 / 500)
+
+
 def test_what_can_never_fit_is_refused() -> None:
     model = batch(kv_blocks=3)
     model.submit([sequence(tokens=5)], now=0.0)  # the last token is never computed
@@ -332,10 +369,11 @@ def test_who_was_admitted_last_is_preempted_and_starts_again() -> None:
     assert [each.preemptions for each in sequences] == [0, 0, 1]
     assert gauges(model) == (2, 1)
     assert sequences[2].generated == 1
-    assert sequences[2].cached_tokens == 0
+    assert (sequences[2].cached_tokens, sequences[2].created_tokens) == (0, 8)
     run(model)
     assert [each.generated for each in sequences] == [9, 9, 9]
     assert sequences[0].last_token_at <= sequences[1].last_token_at < sequences[2].last_token_at
+    assert [each.created_tokens for each in sequences] == [8, 8, 8]
     assert model.stats.prefix_queries == 24  # once each
     assert model.stats.prompt_tokens == 24
     assert model.stats.generation_tokens == 27
@@ -418,6 +456,12 @@ def test_an_answer_is_cached_for_the_next_turn() -> None:
     served(model, question, tokens=30, answer=answer)  # 18 + 29 tokens have keys and values: 11 full blocks
     next_turn = served(model, f"{question}{answer}{'n' * 30}")
     assert next_turn.cached_tokens == 40  # the 170 characters of question and answer fill ten
+
+
+def test_the_block_an_answer_ends_with_is_cached_too() -> None:
+    model, question, answer = batch(), "q" * 16, "w" * 16
+    served(model, question, tokens=5, answer=answer)  # the fifth has no keys and values yet
+    assert served(model, f"{question}{answer}next").cached_tokens == 8
 
 
 def test_an_answer_is_not_cached_before_it_is_there() -> None:
@@ -517,6 +561,9 @@ def test_whatever_comes_nothing_is_lost(
             now = max(now, at)
             model.step(now)
         assert model.gauges.running <= 3
+        assert model.gauges.waiting >= 0
+        step = model._step
+        assert step is None or step.decoding + step.prefilled <= max_batched_tokens
         assert 0 <= model.gauges.kv_cache_usage <= 1
 
     for text, tokens, steps, fate in events:
