@@ -42,12 +42,8 @@ from envoy_extproc.telemetry import UNKNOWN_MODEL, Hook
 log = structlog.get_logger()
 
 _ROUTED = (State.AWAIT_RESPONSE_HEADERS, State.AWAIT_RESPONSE_BODY, State.HELD, State.HANDED_OVER)
-_WAITING = (State.AWAIT_RESPONSE_HEADERS, State.HELD, State.HANDED_OVER)
-"""Where most streams end. Envoy resets about half of them there, which cancels the task; a read that is cancelled in the
-middle never frees 112 bytes in grpcio 1.85 (its operation is freed behind the wait for it). So there the read is left to
-end by itself, at the price of a task. The pieces of an answer do without: only a client that leaves costs the bytes then."""
-_ANSWERED = (State.ANSWERED,)
-_ANSWERED_OR_HANDED_OVER = (State.ANSWERED, State.HANDED_OVER)
+_OVER = (State.ANSWERED, State.CLOSED)
+_OVER_OR_HANDED_OVER = (*_OVER, State.HANDED_OVER)
 
 Context = grpc.aio.ServicerContext[wire.ProcessingRequest, wire.ProcessingResponse]
 
@@ -213,7 +209,9 @@ class ExternalProcessor:
         self._live[task] = call
         failure: str | None = None
         try:
-            await self._converse(call, context)
+            # Envoy resets about half of all streams, which cancels this task; a read that is cancelled in the middle never
+            # frees 112 bytes in grpcio 1.85 (its operation is freed behind the wait for it). So it is left to end by itself.
+            await asyncio.shield(self._converse(call, context))
         except asyncio.CancelledError:
             if not call.returning:
                 raise
@@ -233,11 +231,19 @@ class ExternalProcessor:
             call.receive(StreamClosed(self._clock(), draining=call.returning, failure=failure))
 
     async def _converse(self, call: Call, context: Context) -> None:
+        """Reads and replies until nothing more is to be read. It may outlive its stream: then it ends with its next step."""
+        try:
+            await self._reply_to_each(call, context)
+        except Exception:
+            if call.exchange.state is not State.CLOSED:
+                raise
+            # A read or a write that was under way when the stream ended: nobody is left to hear of it.
+
+    async def _reply_to_each(self, call: Call, context: Context) -> None:
         clock, exchange = self._clock, call.exchange
-        over = _ANSWERED if self._parts.hold else _ANSWERED_OR_HANDED_OVER
+        over = _OVER if self._parts.hold else _OVER_OR_HANDED_OVER
         while exchange.state not in over:
-            read = context.read()
-            message: object = await (asyncio.shield(read) if exchange.state in _WAITING else read)
+            message: object = await context.read()
             if not isinstance(message, wire.ProcessingRequest):  # grpc.aio.EOF
                 return
             event = wire.decode(message, clock())

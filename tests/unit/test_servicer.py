@@ -588,17 +588,26 @@ class _Malloc(ctypes.Structure):
     )
 
 
+RESET: dict[str, tuple[Request, ...]] = {
+    "before its body": (request_headers(),),
+    "handed over": (request_headers(lua=1), request_body()),
+    "before its answer": (request_headers(), request_body()),
+    "in its answer": (request_headers(), request_body(), response_headers(), response_body(sse(token()))),
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts with glibc's mallinfo2, which others do not have")
-async def test_streams_that_envoy_resets_leave_no_memory_behind() -> None:
-    """Bytes that C code holds, which Python's own tools do not see: 112 for each stream, before reads ended by themselves."""
+@pytest.mark.parametrize("where", RESET)
+async def test_streams_that_envoy_resets_leave_no_memory_behind(where: str) -> None:
+    """Bytes that C code holds, which Python's own tools do not see: 112 for each stream whose read is cancelled."""
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = _Malloc
 
     async def reset(served: Service, streams: int) -> None:
         for _ in range(streams):
             stream = served.open()
-            await say(stream, request_headers(lua=1))
-            await say(stream, request_body())
+            for message in RESET[where]:
+                await say(stream, message)
             stream.cancel()
 
     async with service() as served:
@@ -608,3 +617,26 @@ async def test_streams_that_envoy_resets_leave_no_memory_behind() -> None:
         await eventually(lambda: not served.processor.live)
         gc.collect()
         assert (libc.mallinfo2().uordblks - held) / 1500 < 60
+
+
+@pytest.mark.parametrize("where", RESET)
+@pytest.mark.parametrize("ends", ["reset", "given back"])
+async def test_what_outlives_its_stream_ends_without_a_word(where: str, ends: str) -> None:
+    """A read that was under way fails, or brings one message more, when its stream has ended."""
+    said: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    before = asyncio.all_tasks()
+    async with service() as served:
+        for _ in range(20):
+            stream = served.open()
+            for message in RESET[where]:
+                await say(stream, message)
+            if ends == "given back" and len(RESET[where]) > 1:
+                await served.give_back(held_only=False)
+            else:
+                stream.cancel()
+        await eventually(lambda: not served.processor.live)
+        assert len(served.told.reports) == (0 if where == "handed over" else 20)
+    await eventually(lambda: asyncio.all_tasks() <= before)
+    gc.collect()
+    assert said == []
