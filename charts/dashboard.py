@@ -151,6 +151,21 @@ PANELS = (
         _by("envoy_extproc_scrape_failures_total", _WHERE, "endpoint"),
     ),
     Panel(
+        "Endpoints by model",
+        "short",
+        "Known to discovery, and ready, as the server counts them that sees the fewest.",
+        (
+            Query(
+                f"max by (model) (sum by (model, pod) (envoy_extproc_endpoints{{{_MODEL}}}))",
+                "{{model}} known",
+            ),
+            Query(
+                f'min by (model) (envoy_extproc_endpoints{{{_MODEL},state="ready"}})',
+                "{{model}} ready",
+            ),
+        ),
+    ),
+    Panel(
         "Breakers",
         "short",
         "0 closed, 1 half-open, 2 open; the worst of all servers.",

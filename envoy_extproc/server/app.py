@@ -28,7 +28,7 @@ from envoy_extproc.scheduling import registry
 from envoy_extproc.scheduling.explain import Explanation
 from envoy_extproc.scheduling.interfaces import SchedulingRequest, Scorer
 from envoy_extproc.scheduling.prefix import PrefixIndex
-from envoy_extproc.server import configured
+from envoy_extproc.server import configured, readiness
 from envoy_extproc.server.access_log import AccessLog
 from envoy_extproc.server.admin import Admin
 from envoy_extproc.server.catalogue import Catalogue
@@ -47,8 +47,9 @@ from envoy_extproc.state.memory import InFlight
 from envoy_extproc.state.prompts import Prompts
 from envoy_extproc.state.rates import Rates
 from envoy_extproc.telemetry import Hooks
+from envoy_extproc.telemetry.gauges import RouteRows, UnusableRows, WatchRows
 from envoy_extproc.telemetry.log import RequestLog
-from envoy_extproc.telemetry.prometheus import PrometheusMetrics, RouteRows, UnusableRows, WatchRows
+from envoy_extproc.telemetry.prometheus import PrometheusMetrics
 
 log = structlog.get_logger()
 
@@ -102,6 +103,9 @@ class App:
             known=lambda model: model in self._director.snapshot.by_model,
             native=lambda: (self._lane.ended, self._lane.reported),
             breakers=self._breakers.rows,
+            endpoints=lambda: readiness.by_model(
+                self._director.snapshot, self._scraper.states, self._breakers.describe
+            ),
         )
         self._rates = Rates()
         self._load_reports = LoadReports()

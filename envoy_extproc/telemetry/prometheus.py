@@ -7,19 +7,34 @@ Buckets of the gen_ai histograms are OpenTelemetry's advice (semantic convention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
-from prometheus_client.registry import Collector
 
 from envoy_extproc.endpoints import Snapshot
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.scheduling.interfaces import Decision
 from envoy_extproc.telemetry import UNKNOWN_MODEL
+from envoy_extproc.telemetry.gauges import (
+    BreakerCollector,
+    BreakerRows,
+    DiscoveryCollector,
+    EndpointCollector,
+    EndpointRows,
+    ForgottenRows,
+    InFlightCollector,
+    InFlightRows,
+    NativeCollector,
+    NativeCounts,
+    PrefixCollector,
+    PrefixRows,
+    RouteRows,
+    UnusableRows,
+    WatchRows,
+)
 
 _DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300, 900)
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60)
@@ -31,174 +46,6 @@ _SHARE = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 _BY_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
 
-InFlightRows = Callable[[], Iterable[tuple[str, str, int]]]
-"""(model, endpoint's name, exchanges) of all that have any."""
-
-BreakerRows = Callable[[], Iterable[tuple[str, int, Mapping[str, int]]]]
-"""(endpoint's name, state, openings by reason) of every endpoint; states are 0 closed, 1 half-open, 2 open."""
-
-PrefixRows = Callable[[], Iterable[tuple[str, int, int]]]
-"""(endpoint's name, blocks of prompts remembered of it, blocks that there is room for) of every endpoint with any."""
-
-ForgottenRows = Callable[[], Mapping[str, int]]
-"""How often the prompts of an endpoint were forgotten, by reason."""
-
-NativeCounts = Callable[[], tuple[int, int]]
-"""Exchanges of the native lane: ended, reported."""
-
-
-WatchRows = Callable[[], Iterable[tuple[str, float, Mapping[str, int]]]]
-"""(what is watched, seconds since the Kubernetes API last spoke of it, failures by kind) of every watch."""
-
-UnusableRows = Callable[[], Iterable[tuple[str, int]]]
-"""(reason, pods) of those that are ready and make no sense."""
-
-RouteRows = Callable[[], Iterable[tuple[str, bool]]]
-"""(model, whether Envoy's Gateway takes a route of it) of every model whose routes are watched."""
-
-
-class _InFlightCollector(Collector):
-    """Reads the counts when it is asked, so there is no second copy of them to go wrong."""
-
-    def __init__(self, rows: InFlightRows) -> None:
-        self._rows = rows
-
-    def collect(self) -> Iterator[Metric]:
-        """The gauge."""
-        gauge = GaugeMetricFamily(
-            "envoy_extproc_in_flight_requests",
-            "Exchanges under way on an endpoint, as this server counts them.",
-            labels=["model", "endpoint"],
-        )
-        for model, endpoint, count in self._rows():
-            gauge.add_metric([model, endpoint], count)
-        yield gauge
-
-
-class _BreakerCollector(Collector):
-    """Likewise of the breakers: a state that has ended by itself is told as it is now."""
-
-    def __init__(self, rows: BreakerRows) -> None:
-        self._rows = rows
-
-    def collect(self) -> Iterator[Metric]:
-        """The gauge, and a counter by reason."""
-        states = GaugeMetricFamily(
-            "envoy_extproc_endpoint_breaker_state",
-            "Whether an endpoint is left alone: 0 closed, 1 half-open, 2 open.",
-            labels=["endpoint"],
-        )
-        opened = CounterMetricFamily(
-            "envoy_extproc_breaker_opened",
-            "Times an endpoint's breaker opened, by what was wrong.",
-            labels=["endpoint", "reason"],
-        )
-        for endpoint, state, openings in self._rows():
-            states.add_metric([endpoint], state)
-            for reason, count in openings.items():
-                opened.add_metric([endpoint, reason], count)
-        yield states
-        yield opened
-
-
-class _PrefixCollector(Collector):
-    """Likewise of what is remembered of prompts."""
-
-    def __init__(self, rows: PrefixRows, forgotten: ForgottenRows) -> None:
-        self._rows = rows
-        self._forgotten = forgotten
-
-    def collect(self) -> Iterator[Metric]:
-        """Two gauges by endpoint, and a counter by reason."""
-        held = GaugeMetricFamily(
-            "envoy_extproc_prefix_blocks", "Blocks of prompts remembered of an endpoint.", labels=["endpoint"]
-        )
-        room = GaugeMetricFamily(
-            "envoy_extproc_prefix_blocks_limit", "Blocks that may be remembered of it.", labels=["endpoint"]
-        )
-        for endpoint, blocks, limit in self._rows():
-            held.add_metric([endpoint], blocks)
-            room.add_metric([endpoint], limit)
-        forgotten = CounterMetricFamily(
-            "envoy_extproc_prefix_forgotten",
-            "Times the prompts of an endpoint were forgotten, by what its engine showed.",
-            labels=["reason"],
-        )
-        for reason, count in self._forgotten().items():
-            forgotten.add_metric([reason], count)
-        yield from (held, room, forgotten)
-
-
-class _DiscoveryCollector(Collector):
-    """What the Kubernetes API said, and when."""
-
-    def __init__(self, watches: WatchRows, unusable: UnusableRows, routes: RouteRows) -> None:
-        self._watches = watches
-        self._unusable = unusable
-        self._routes = routes
-
-    def collect(self) -> Iterator[Metric]:
-        """Two gauges and a counter of the watches, a gauge of the routes."""
-        silent = GaugeMetricFamily(
-            "envoy_extproc_discovery_silent_seconds",
-            "Since the Kubernetes API last spoke; it does so once a minute though nothing changes.",
-            labels=["watched"],
-        )
-        failures = CounterMetricFamily(
-            "envoy_extproc_discovery_failures",
-            "Lists and watches of the Kubernetes API that failed, by kind.",
-            labels=["watched", "kind"],
-        )
-        for watched, seconds, kinds in self._watches():
-            silent.add_metric([watched], seconds)
-            for kind, count in kinds.items():
-                failures.add_metric([watched, kind], count)
-        yield from (silent, failures, self._pods(), self._accepted())
-
-    def _pods(self) -> Metric:
-        pods = GaugeMetricFamily(
-            "envoy_extproc_discovery_unusable_pods",
-            "Pods that are ready, but whose labels or annotations make no sense.",
-            labels=["reason"],
-        )
-        for reason, count in self._unusable():
-            pods.add_metric([reason], count)
-        return pods
-
-    def _accepted(self) -> Metric:
-        accepted = GaugeMetricFamily(
-            "envoy_extproc_route_accepted",
-            "Whether a model has an HTTPRoute that its Gateways take: 1 yes, 0 no.",
-            labels=["model"],
-        )
-        for model, taken in self._routes():
-            accepted.add_metric([model], int(taken))
-        return accepted
-
-
-class _NativeCollector(Collector):
-    """The native lane's books: what ended, and what was reported."""
-
-    def __init__(self, counts: NativeCounts) -> None:
-        self._counts = counts
-
-    def collect(self) -> Iterator[Metric]:
-        """A counter by stage, and the difference that should be nothing."""
-        ended, reported = self._counts()
-        stages = CounterMetricFamily(
-            "envoy_extproc_native_exchanges",
-            "Exchanges left to Envoy's access log: ended here, reported by the log to this server.",
-            labels=["stage"],
-        )
-        for stage, count in (("ended", ended), ("reported", reported)):
-            stages.add_metric([stage], count)
-        yield stages
-        yield GaugeMetricFamily(
-            "envoy_extproc_native_unreported_exchanges",
-            "Ended here, less those reported here. Over all servers of an Envoy the sum is the reports that are missing.",
-            value=ended - reported,
-        )
-
 
 class PrometheusMetrics:
     """The metrics of one server.
@@ -208,6 +55,7 @@ class PrometheusMetrics:
         known: whether discovery knows a model of that name now; others share one label.
         native: the native lane's counts.
         breakers: what the breakers' gauge and counter show.
+        endpoints: what the gauge of endpoints shows.
 
     Attributes:
         registry: all of them, for the exposition.
@@ -220,15 +68,21 @@ class PrometheusMetrics:
         known: Callable[[str], bool],
         native: NativeCounts = lambda: (0, 0),
         breakers: BreakerRows = lambda: (),
+        endpoints: EndpointRows = lambda: (),
     ) -> None:
         self._known = known
         self.registry = registry = CollectorRegistry(auto_describe=True)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
-        registry.register(_InFlightCollector(in_flight))
-        registry.register(_NativeCollector(native))
-        registry.register(_BreakerCollector(breakers))
+        registry.register(InFlightCollector(in_flight))
+        registry.register(NativeCollector(native))
+        registry.register(BreakerCollector(breakers))
+        registry.register(EndpointCollector(endpoints))
         self._measures()
+        self._make_counters_of_requests()
+        self._make_counters_of_oddities()
+
+    def _make_counters_of_requests(self) -> None:
         self._requests = self._counter("requests", "Exchanges, by how they ended.", "model", "outcome")
         self._errors = self._counter(
             "errors", "Exchanges that failed, by whose fault.", "model", "error_type"
@@ -246,6 +100,8 @@ class PrometheusMetrics:
         )
         self._bypassed = self._counter("bypassed_requests", "Requests Envoy served without this server.")
         self._retries = self._counter("retries", "Pods asked in vain before another one answered.", "model")
+
+    def _make_counters_of_oddities(self) -> None:
         self._unread = self._counter("unread_responses", "Answers that could not be read.", "reason")
         self._load_reports_unread = self._counter(
             "unread_load_reports", "ORCA reports of engines that could not be read.", "reason"
@@ -260,11 +116,11 @@ class PrometheusMetrics:
 
     def follow_discovery(self, watches: WatchRows, unusable: UnusableRows, routes: RouteRows) -> None:
         """Tells of discovery, too; once."""
-        self.registry.register(_DiscoveryCollector(watches, unusable, routes))
+        self.registry.register(DiscoveryCollector(watches, unusable, routes))
 
     def follow_prefixes(self, rows: PrefixRows, forgotten: ForgottenRows) -> None:
         """Tells of what is remembered of prompts, too; once."""
-        self.registry.register(_PrefixCollector(rows, forgotten))
+        self.registry.register(PrefixCollector(rows, forgotten))
 
     def _measures(self) -> None:
         self._duration = self._histogram(

@@ -55,12 +55,19 @@ async def state(made: Fleet, pod: str) -> float:
     return await made.gateway.metric("envoy_extproc_endpoint_breaker_state", endpoint=pod)
 
 
+async def endpoints(made: Fleet) -> dict[str, float]:
+    """How many of the model's pods are in which state."""
+    states = ("ready", "failing", "unreachable")
+    return {each: await made.gateway.metric("envoy_extproc_endpoints", state=each) for each in states}
+
+
 @pytest.mark.parametrize("lane", LANES)
 async def test_a_pod_that_is_well_again_serves_again(directory: Path, lane: str) -> None:
     async with fleet(directory, {"pod-b": Faults(error=500)}, lane=lane, pods=2, longest_seconds=2) as made:
         async with asyncio.timeout(10):
             while await state(made, "pod-b") != 2:
                 await made.ask()
+        assert await endpoints(made) == {"ready": 1, "failing": 1, "unreachable": 0}
         asked = len(made.engines["pod-b"].requests)
         assert [await made.ask() for _ in range(10)] == [WHOLE] * 10
         assert len([each for each in made.engines["pod-b"].requests if each.method == "POST"]) <= asked
@@ -70,6 +77,7 @@ async def test_a_pod_that_is_well_again_serves_again(directory: Path, lane: str)
                 assert await made.ask() == WHOLE
                 await asyncio.sleep(0.05)
         assert await state(made, "pod-a") == 0
+        assert await endpoints(made) == {"ready": 2, "failing": 0, "unreachable": 0}
         moves = [line for line in made.gateway.log_lines() if line["event"].startswith("breaker_")]
         assert {line["endpoint"] for line in moves} == {"pod-b"}
         assert [line["event"] for line in moves] == ["breaker_open", "breaker_half_open", "breaker_closed"]

@@ -204,3 +204,21 @@ def test_what_is_remembered_of_prompts() -> None:
     assert value(made, "envoy_extproc_prefix_forgotten_total", reason="restarted") == 2
     rows.clear()
     assert 'endpoint="pod-1"' not in generate_latest(made.registry).decode()
+
+
+def test_endpoints_by_model() -> None:
+    rows = {"a": {"ready": 2, "failing": 0}, "b": {"ready": 0, "failing": 1}}
+    made = PrometheusMetrics(lambda: (), known=lambda _: True, endpoints=rows.items)
+    gauge = "envoy_extproc_endpoints"
+    assert value(made, gauge, model="a", state="ready") == 2
+    assert value(made, gauge, model="b", state="ready") == 0  # not nothing: an alert looks for it
+    assert value(made, gauge, model="b", state="failing") == 1
+    del rows["b"]
+    assert value(made, gauge, model="b", state="ready") is None
+
+
+def test_nobody_is_asked_before_the_server_is_made() -> None:
+    made: list[dict[str, int]] = []
+    exposed = PrometheusMetrics(lambda: (), known=lambda _: True, endpoints=lambda: [("a", made[0])])
+    made.append({"ready": 1})
+    assert value(exposed, "envoy_extproc_endpoints", model="a", state="ready") == 1
