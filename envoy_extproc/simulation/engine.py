@@ -317,7 +317,7 @@ class Engine:
             return ()
         text = words.whole(asked.tokens)
         answer = rendered("assistant", text) if asked.kind == "chat" else text
-        return prompt.block_hashes(self.options.block_size, answer)
+        return prompt.block_hashes(self.options.block_size, answer, asked.salt)
 
     async def _faults(self, request: web.Request) -> Faults:
         """The faults asked for; lets those happen that come before the request is looked at."""

@@ -81,17 +81,18 @@ class Prompt:
     def _units_per_token(self) -> int:
         return CHARACTERS_PER_TOKEN if isinstance(self.units, str) else 1
 
-    def block_hashes(self, block_size: int, answer: str = "") -> tuple[int, ...]:
+    def block_hashes(self, block_size: int, answer: str = "", salt: str = "") -> tuple[int, ...]:
         """One hash for each full block of tokens; each covers the whole prompt up to the end of its block.
 
         Args:
             block_size: tokens of a block.
             answer: what a later prompt will have behind this one; nothing behind token ids.
+            salt: prompts with another one share nothing with this.
         """
         units = self.units + answer if isinstance(self.units, str) else self.units
         size = block_size * self._units_per_token
         hashes: list[int] = []
-        chained = 0
+        chained = hash(salt) if salt else 0
         for end in range(size, len(units) + 1, size):
             chained = hash((chained, units[end - size : end]))
             hashes.append(chained)
@@ -100,7 +101,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """A chat or completions request. `tokens` is the length of each of its `n * len(prompts)` answers."""
+    """A chat or completions request. `tokens` is the length of each of its `n * len(prompts)` answers.
+
+    Attributes:
+        salt: its `cache_salt`; empty without one.
+    """
 
     kind: Kind
     model: str
@@ -112,6 +117,7 @@ class Generation:
     include_usage: bool
     continuous_usage: bool
     seed: int
+    salt: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +165,11 @@ def read_generation(kind: Kind, body: bytes, options: EngineOptions, tokens: int
     n = max(1, _integer(fields, "n") or 1)
     if greedy and n > 1:
         raise Refusal(f"n must be 1 when using greedy sampling, got {n}.", kind="BadRequestError")
+    salt = fields.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise Refusal(
+            "Parameter 'cache_salt' must be a non-empty string if provided.", kind="BadRequestError"
+        )
     if tokens is not None:
         length, reason = tokens, "stop" if tokens < length else reason
     return Generation(
@@ -172,6 +183,7 @@ def read_generation(kind: Kind, body: bytes, options: EngineOptions, tokens: int
         include_usage=include,
         continuous_usage=continuous,
         seed=prompts[0].seed if greedy else _integer(fields, "seed") or secrets.randbits(32),
+        salt=salt or "",
     )
 
 

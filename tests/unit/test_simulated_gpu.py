@@ -138,6 +138,21 @@ async def test_a_completion_goes_on_from_its_text(client: Client) -> None:
     assert cached(await client.json(COMPLETIONS, {"prompt": longer})) > len(prompt) // 4
 
 
+async def test_prompts_of_unlike_salts_share_nothing(client: Client) -> None:
+    found = []
+    for salt in (None, "a", "a", "b", None):
+        body: dict[str, Any] = {"messages": [SYSTEM]}
+        found.append(cached(await client.json(CHAT, body if salt is None else {**body, "cache_salt": salt})))
+    assert [hits > 0 for hits in found] == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize("salt", ["", 5])
+async def test_a_salt_is_some_text(client: Client, salt: Any) -> None:
+    async with client.request(CHAT, {"messages": [SYSTEM], "cache_salt": salt}) as response:
+        assert response.status == 400
+        assert "cache_salt" in await response.text()
+
+
 async def test_embeddings_share_what_they_begin_with(client: Client) -> None:
     for _ in range(2):
         await client.json(EMBEDDINGS, {"input": SYSTEM["content"]})
