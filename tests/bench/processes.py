@@ -56,7 +56,7 @@ def resident_bytes(pid: int) -> int:
 @contextlib.asynccontextmanager
 async def pods() -> AsyncIterator[list[int]]:
     """The canned engines; yields their ports."""
-    async with _python("tests.bench.engine") as process:
+    async with python("tests.bench.engine") as process:
         assert process.stdout is not None
         yield msgspec.json.decode(await process.stdout.readline(), type=list[int])
 
@@ -64,7 +64,7 @@ async def pods() -> AsyncIterator[list[int]]:
 @contextlib.asynccontextmanager
 async def client() -> AsyncIterator[Callable[[Load], Any]]:
     """The load; yields what performs one."""
-    async with _python("tests.bench.client") as process:
+    async with python("tests.bench.client") as process:
 
         async def perform(load: Load) -> Result:
             assert process.stdin is not None
@@ -139,9 +139,10 @@ async def post(url: str, body: bytes) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _python(module: str) -> AsyncIterator[Process]:
+async def python(module: str, *arguments: str) -> AsyncIterator[Process]:
+    """A module of ours as a process, its standard input and output as pipes; it ends with the context."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module),
+        *(sys.executable, "-m", module, *arguments),
         cwd=_ROOT,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
