@@ -47,6 +47,9 @@ ALONE = SharedPrefixes(
 _HITS, _QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 _DRAINED_SECONDS = 30.0
 
+LATE_SECONDS = 0.03
+"""For one request in a hundred, and no more: what an answer that is written to a client at the same time may hold one up."""
+
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """What one run is.
@@ -96,6 +99,11 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     busiest: float
     late: float = 0.0
     cpu: Mapping[str, float] = {}
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the machine had so much else to do that requests were not sent in time."""
+        return self.late > LATE_SECONDS
 
     def percentile(self, percent: int) -> float:
         """Seconds to the first token."""
@@ -221,12 +229,17 @@ async def bench(directory: Path) -> AsyncIterator[Bench]:
 
 
 async def measured(cases: Sequence[Case], directory: Path, told: Callable[[str], None]) -> list[Figures]:
-    """Every case through Envoy, one after the other."""
+    """Every case through Envoy, one after the other; those that something else disturbed once more, and the better one counts."""
     found = []
     async with bench(directory) as up:
         for number, case in enumerate(cases, 1):
             told(f"{number} of {len(cases)}: {case.name}, {case.workload.rate:g}/s, {case.policy}")
             found.append(await up.run(case, number))
+        for place, case in enumerate(cases):
+            if found[place].disturbed:
+                told(f"once more: {case.name}, {case.workload.rate:g}/s, {case.policy}")
+                again = await up.run(case, len(cases) + place + 1)
+                found[place] = min(found[place], again, key=lambda each: each.late)
     return found
 
 

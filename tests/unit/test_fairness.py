@@ -299,6 +299,8 @@ def test_counters_never_lie(steps: list[tuple[str, str]], seed: int) -> None:
         assert 0 <= standing.below <= 1
         assert standing.below > 0 or standing.own == standing.least or not fairness._active
         assert fairness._active.keys() == fairness._under_way.keys()
+        for name, total in fairness._totals.items():
+            assert total == pytest.approx(sum(slot.get(name, 0.0) for _, slot in fairness._slots))
         assert all(fairness._totals[name] == total for name, total in fairness._active.items())
         assert len(fairness._charges) == len(open_)
         assert sum(fairness._under_way.values()) == len(set(open_) - gone)
