@@ -44,6 +44,7 @@ from envoy_extproc.simulation.service_time import Batch
 from envoy_extproc.state.breakers import BreakerRules, Breakers
 from envoy_extproc.state.fairness import Fairness
 from envoy_extproc.state.memory import InFlight
+from envoy_extproc.state.prompts import Prompts
 from envoy_extproc.telemetry import Hooks
 from tests.support.builders import MODEL
 from tests.support.reports import report
@@ -134,6 +135,7 @@ class Pod:
         telling: whether its page can be read; an answer that is no page comes where not.
         most: sequences it had at once, at most.
         started: when its engine did.
+        kv_tokens: for how many its KV cache has room.
     """
 
     def __init__(self, endpoint: Endpoint, options: EngineOptions, started: float) -> None:
@@ -144,6 +146,7 @@ class Pod:
         self.telling = True
         self.most = 0
         self.started = started
+        self.kv_tokens = options.kv_blocks * options.block_size
         self.interval = _SCRAPES.interval
         self.chosen = False
         self.reading: Reading | None = None
@@ -195,8 +198,9 @@ class VirtualFleet:
         tuning = tuning or Tuning()
         self.breakers = Breakers(BreakerRules(), clock=lambda: self.now)
         self.fairness = Fairness(tuning.fairness, clock=lambda: self.now)
-        self._hooks = Hooks(self.breakers, self.fairness)
         self.policies = registry.build(tuning)
+        self.prompts = Prompts(self.policies.prefixes)
+        self._hooks = Hooks(self.breakers, self.fairness, self.prompts)
         self.director = Director(
             profiles=self.policies,
             rules=msgspec.structs.replace(rules or RoutingRules(), policy=policy),
@@ -206,6 +210,7 @@ class VirtualFleet:
             avoided=self.breakers.avoided,
             chosen=self._hurry,
             fairness=self.fairness,
+            prompts=self.prompts,
         )
         self._endpoints: dict[str, Endpoint] = {}
         self.add(*([pod(number) for number in range(1, pods + 1)] if isinstance(pods, int) else pods))
@@ -467,6 +472,7 @@ def page(pod: Pod) -> bytes:
         values[f"{name}_sum"] = histogram.total
         values[f"{name}_count"] = sum(histogram.counts)
     lines = [f"vllm:{name} {value}\n" for name, value in values.items()]
+    lines.append(f'vllm:cache_config_info{{kv_cache_size_tokens="{pod.kv_tokens}"}} 1\n')
     lines.append(f"process_start_time_seconds {pod.started}\n")
     return "".join(lines).encode()
 
