@@ -17,22 +17,48 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import xxhash
 
 from envoy_extproc.openai import lenient
+from envoy_extproc.openai.routes import Turns
 
 TOKEN_BYTES = 4
 """Bytes of a token: of English text in the tokenizers of today's models, and of a token id here."""
 
-_TURN, _PART, _REST = b"\xff", b"\xfe", b"\xfd"  # which are in no text, since that is UTF-8
+
+class Mark(bytes):
+    """A piece of a rendered prompt that stands between its texts."""
+
+    __slots__ = ()
+
+
+class Name(bytes):
+    """What a model reads no text of: whose turn it is, which conversation an engine is to go on with."""
+
+    __slots__ = ()
+
+
+class Digest(bytes):
+    """What stands for an image, a sound or a file."""
+
+    __slots__ = ()
+
+
+class Ids(bytes):
+    """Token ids, `TOKEN_BYTES` each."""
+
+    __slots__ = ()
+
+
+TURN, _PART, _REST = Mark(b"\xff"), Mark(b"\xfe"), Mark(b"\xfd")  # which are in no text, since that is UTF-8
 _WHOLE_BYTES = 1_048_576
 """Longer members are read turn by turn, and only as far as they are hashed."""
 
-_MOST_VALUES = 200_000
+MOST_VALUES = 200_000
 """Commas and opening brackets of a member outside its texts: with more it is not read. Each makes one value, of a microsecond
 and a hundred bytes, while all else waits; a prompt of a million tokens has some thousands."""
 
@@ -84,11 +110,18 @@ class Prompt:
     Args:
         members: the members of the request body that carry the prompt, raw.
         salt: the request's ``cache_salt``: prompts under unlike salts have nothing in common.
+        turns: what it is made of.
+
+    Attributes:
+        turns: likewise.
     """
 
-    __slots__ = ("_hashes", "_head", "_members", "_salt")
+    __slots__ = ("_hashes", "_head", "_members", "_salt", "turns")
 
-    def __init__(self, members: Mapping[str, msgspec.Raw], salt: object = None) -> None:
+    def __init__(
+        self, members: Mapping[str, msgspec.Raw], salt: object = None, turns: Turns = Turns.NONE
+    ) -> None:
+        self.turns = turns
         self._members: Mapping[str, msgspec.Raw] | None = members
         self._salt = salt
         self._hashes: Sequence[int] = ()
@@ -117,6 +150,11 @@ class Prompt:
         return self._head
 
     @property
+    def members(self) -> Mapping[str, msgspec.Raw]:
+        """The members it is made of, raw; none any more once somebody asked for its hashes."""
+        return self._members or {}
+
+    @property
     def was_read(self) -> bool:
         """Whether anybody asked for its hashes, so that it holds no text any more but its head."""
         return self._members is None
@@ -135,17 +173,24 @@ def chain(rendered: bytes, rule: BlockRule, start: bytes = b"") -> Sequence[int]
 
 def render(members: Mapping[str, msgspec.Raw], most: int) -> bytes:
     """The prompt in `members`, its first `most` bytes and perhaps some more; empty where it cannot be read."""
-    pieces: list[bytes] = []
+    return b"".join(pieces(members, most))
+
+
+def pieces(
+    members: Mapping[str, msgspec.Raw], most: int, weigh: Callable[[bytes], int] = len
+) -> Sequence[bytes]:
+    """The same, not joined: text is plain bytes, all else a kind of its own; `weigh` says how long each piece is."""
+    found: list[bytes] = []
     length = 0
     try:
         for piece in _members(members):
-            pieces.append(piece)
-            length += len(piece)
+            found.append(piece)
+            length += weigh(piece)
             if length >= most:
                 break
     except (msgspec.MsgspecError, OverflowError, RecursionError, ValueError):
-        return b""  # it passed as JSON and still has numbers or nesting nobody can read
-    return b"".join(pieces)
+        return ()  # it passed as JSON and still has numbers or nesting nobody can read
+    return found
 
 
 def _members(members: Mapping[str, msgspec.Raw]) -> Iterator[bytes]:
@@ -154,13 +199,14 @@ def _members(members: Mapping[str, msgspec.Raw]) -> Iterator[bytes]:
         if name == "tools":
             tools = _value(raw)
             if tools:
-                yield _TURN + _canonical(_unmarked(tools))
+                yield TURN
+                yield _canonical(_unmarked(tools))
         elif name in ("system", "instructions"):
             yield from _turn("system", {"content": _value(raw)})
         elif name in _FIRST:
             kept = _value(raw)
             if kept:
-                yield _TURN + _REST + _canonical(kept)
+                yield Name(TURN + _REST + _canonical(kept))
         else:
             yield from _turns(raw, bare=name == "prompt")
 
@@ -178,7 +224,7 @@ def _turns(raw: msgspec.Raw, *, bare: bool) -> Iterator[bytes]:
             yield from _turn(each.get("role"), each)
         elif bare or not isinstance(each, str):
             if place:
-                yield _TURN
+                yield TURN
             yield from _text(each)
         else:
             yield from _turn("user", {"content": each})
@@ -209,13 +255,13 @@ def _bounded(raw: msgspec.Raw) -> bytes:
         ValueError: it may have more.
     """
     text = bytes(raw)
-    if len(text) <= _MOST_VALUES or _marks(text) <= _MOST_VALUES:
+    if len(text) <= MOST_VALUES or _marks(text) <= MOST_VALUES:
         return text
     if not text.translate(None, _NUMBERS):
-        head = b",".join(text.split(b",", _MOST_VALUES)[:-1])
+        head = b",".join(text.split(b",", MOST_VALUES)[:-1])
         return head + b"]" * (head.count(b"[") - head.count(b"]"))
-    searched = len(text) <= _MOST_SEARCHED and text.count(b'"') <= _MOST_VALUES
-    if searched and _marks(_STRINGS.sub(b"", text)) <= _MOST_VALUES:
+    searched = len(text) <= _MOST_SEARCHED and text.count(b'"') <= MOST_VALUES
+    if searched and _marks(_STRINGS.sub(b"", text)) <= MOST_VALUES:
         return text
     raise ValueError("more values than a prompt has")
 
@@ -226,8 +272,9 @@ def _marks(text: bytes) -> int:
 
 
 def _turn(role: object, message: Mapping[str, Any]) -> Iterator[bytes]:
-    yield _TURN
-    yield from _text(role)
+    yield TURN
+    for piece in _text(role):
+        yield Name(piece)
     yield _PART
     yield from _content(message.get("content"))
     rest = {name: value for name, value in message.items() if value and name not in _UNSEEN}
@@ -236,7 +283,8 @@ def _turn(role: object, message: Mapping[str, Any]) -> Iterator[bytes]:
     elif rest.get("type") == "item_reference":
         rest["id"] = message.get("id")
     if rest:
-        yield _REST + _canonical(rest)
+        yield _REST
+        yield _canonical(rest)
 
 
 def _content(content: object) -> Iterator[bytes]:
@@ -249,9 +297,11 @@ def _content(content: object) -> Iterator[bytes]:
             yield _PART
             yield from _content(part.get("content"))
         elif part.get("type") in _SAID:
-            yield _PART + _canonical(_unmarked(part))
+            yield _PART
+            yield _canonical(_unmarked(part))
         else:
-            yield _PART + xxhash.xxh3_128_digest(_canonical(_unmarked(part))) * _DIGESTS
+            yield _PART
+            yield Digest(xxhash.xxh3_128_digest(_canonical(_unmarked(part))) * _DIGESTS)
 
 
 def _unmarked(value: object) -> object:
@@ -273,7 +323,7 @@ def _text(value: object) -> Iterator[bytes]:
 def _tokens(values: Sequence[Any]) -> bytes | None:
     """Token ids, four bytes each; None where they are none."""
     try:
-        return array("I", values).tobytes()
+        return Ids(array("I", values).tobytes())
     except (TypeError, OverflowError):
         return None
 

@@ -127,7 +127,8 @@ def read(body: bytes, route: Route, content_type: str = "") -> tuple[InferenceRe
     )
     if not members or route.accounting is Accounting.NOTHING:
         return inference, None
-    return inference, Prompt(members | _members(fields, route.kept), _option(fields.cache_salt))
+    members |= _members(fields, route.kept)
+    return inference, Prompt(members, _option(fields.cache_salt), route.turns)
 
 
 def _members(fields: _Fields, names: tuple[str, ...]) -> dict[str, msgspec.Raw]:

@@ -28,6 +28,14 @@ class Accounting(Enum):
     NOTHING = auto()  # nothing is generated or charged: the answer is not read
 
 
+class Turns(Enum):
+    """What a prompt is made of."""
+
+    NONE = auto()  # texts, by themselves
+    CHAT = auto()  # turns as chat completions have them, which /tokenize takes as they are
+    OTHER = auto()  # turns of another shape
+
+
 VLLM, SGLANG, TRTLLM, LLAMACPP, TRITON = "vllm", "sglang", "trtllm", "llamacpp", "triton"
 ENGINES = (VLLM, SGLANG, TRTLLM, LLAMACPP, TRITON)
 
@@ -39,6 +47,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
         path: as in the API's reference, without a prefix.
         operation: OpenTelemetry's ``gen_ai.operation.name``; its well-known values where there is one.
         prompt: the members of the request body that carry the prompt.
+        turns: what it is made of: a template is written around turns, which costs tokens.
         kept: those that name turns which the engine alone has.
         body: how the request is read.
         accounting: where usage comes from.
@@ -53,6 +62,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     operation: str
     prompt: tuple[str, ...]
+    turns: Turns = Turns.NONE
     kept: tuple[str, ...] = ()
     body: Body = Body.JSON
     accounting: Accounting = Accounting.ITSELF
@@ -68,6 +78,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/chat/completions",
         operation="chat",
         prompt=("messages", "tools"),
+        turns=Turns.CHAT,
         accounting=Accounting.ASKED,
         streams=True,
         engines=ENGINES,
@@ -90,6 +101,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/responses",
         operation="chat",
         prompt=("instructions", "input", "tools"),
+        turns=Turns.OTHER,
         kept=("previous_response_id", "conversation"),
         streams=True,
         engines=(VLLM, SGLANG, TRTLLM, LLAMACPP),
@@ -98,6 +110,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/messages",
         operation="chat",
         prompt=("system", "messages", "tools"),
+        turns=Turns.OTHER,
         streams=True,
         engines=(VLLM, SGLANG, LLAMACPP),
     ),
@@ -105,6 +118,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/messages/count_tokens",
         operation="count_tokens",
         prompt=("system", "messages", "tools"),
+        turns=Turns.OTHER,
         accounting=Accounting.NOTHING,
         engines=(VLLM, SGLANG, LLAMACPP),
     ),
