@@ -11,7 +11,7 @@ COPY envoy_extproc ./envoy_extproc
 RUN python -m pip wheel --disable-pip-version-check --no-cache-dir --no-deps --wheel-dir /src/dist . \
  && python -m venv --without-pip /opt/envoy-extproc \
  && python -m pip --python /opt/envoy-extproc/bin/python install --disable-pip-version-check --no-cache-dir \
-      --only-binary :all: --constraint constraints.txt "$(echo /src/dist/*.whl)[kubernetes]"
+      --only-binary :all: --constraint constraints.txt "$(echo /src/dist/*.whl)[kubernetes,tiktoken]"
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0

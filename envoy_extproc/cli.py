@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -37,6 +37,7 @@ from envoy_extproc.simulation.engine import run_engine
 from envoy_extproc.simulation.options import EngineOptions
 from envoy_extproc.simulation.stack import StackError
 from envoy_extproc.telemetry.log import sanitise
+from envoy_extproc.tokens.building import load_encodings
 
 cli = typer.Typer(
     add_completion=False,
@@ -236,10 +237,21 @@ def config_check(config_file: ConfigFile) -> None:
     typer.echo(f"  Envoy fails {'open' if settings.fail_open else 'closed'} while this server is down")
     for plugin in installed.usable:
         typer.echo(f"  scorer {plugin.name} of {plugin.distribution}")
+    for line in _tokens(settings):
+        typer.echo(f"  {line}")
     for endpoint in endpoints:
         typer.echo(
             f"  endpoint {endpoint.name} {endpoint.address} {endpoint.engine}: {', '.join(endpoint.models)}"
         )
+
+
+def _tokens(settings: Settings) -> Iterator[str]:
+    """Who counts prompts, and which encodings are not to be had here."""
+    mode, url = settings.tokens.mode, settings.tokens.url
+    where = {"remote": f" by {url or 'the pods'}", "tiktoken": f" by {settings.tokens.encoding}"}
+    yield f"prompts counted: {mode}{where.get(mode, '')}"
+    for encoding, flaw in load_encodings(settings).flaws.items():
+        yield f"encoding {encoding}: {flaw}; its prompts are estimated by their bytes"
 
 
 @config.command("envoy")

@@ -57,7 +57,10 @@ async def here(settings: Settings, asked: Question, scorers: Mapping[str, Scorer
     """
     engines = settings.engines.model_copy(update=_QUICK)
     app = App(settings.model_copy(update={"engines": engines}), scorers=scorers)
-    return explaining.answer(asked, await app.look(), trust_user=settings.auth.mode == "header")
+    async with app.looking() as explain:
+        return await explaining.answer(
+            asked, explain, counted=app.counted, trust_user=settings.auth.mode == "header"
+        )
 
 
 async def there(url: str, asked: Question, token: str | None) -> Answer:

@@ -17,6 +17,7 @@ from typing import Any
 from envoy_extproc.engines.exposition import SampleReader
 from envoy_extproc.engines.formulas import FIELDS, FormulaError, selection, source
 from envoy_extproc.engines.sources import Source
+from envoy_extproc.openai.tokenize import Form
 from envoy_extproc.settings import SettingsError
 
 
@@ -33,12 +34,14 @@ class Dialect:
         path: of its page.
         port: of its page; None where that is the port that serves requests.
         models_path: of its list of models, on the port that serves requests; None where it has none.
+        tokenize: how it is asked to count tokens; None where it cannot.
     """
 
     sources: Mapping[str, Source]
     path: str = "/metrics"
     port: int | None = None
     models_path: str | None = "/v1/models"
+    tokenize: Form | None = None
 
     @cached_property
     def selections(self) -> Mapping[str, tuple[tuple[str, Mapping[str, str]], ...]]:
@@ -104,9 +107,12 @@ def _dialect(
     path: str = "/metrics",
     port: int | None = None,
     models_path: str | None = "/v1/models",
+    tokenize: Form | None = None,
 ) -> Dialect:
     sources = {field: source(field, several) for field, several in formulas.items()}
-    return Dialect(sources=MappingProxyType(sources), path=path, port=port, models_path=models_path)
+    return Dialect(
+        sources=MappingProxyType(sources), path=path, port=port, models_path=models_path, tokenize=tokenize
+    )
 
 
 # The V1 engine's names as recorded from vLLM 0.32; behind them those of older versions, the V0 engine's as in
@@ -149,6 +155,7 @@ _VLLM = _dialect(
         "prefix_cache_hits": ("vllm:prompt_tokens_cached_total", "vllm:prefix_cache_hits_total"),
         "started": "process_start_time_seconds",
     },
+    tokenize=Form.MESSAGES,
 )
 
 # Names as in SGLang's python/sglang/srt/observability/metrics_collector.py, main of 2026 (commit 016d8605), which
@@ -186,6 +193,7 @@ _SGLANG = _dialect(
         ),
         "prefix_cache_hits": "sglang:cached_tokens_total",
     },
+    tokenize=Form.PROMPT,
 )
 
 # Names as in TensorRT-LLM's tensorrt_llm/metrics/collector.py, main of 2026 (commit 050f80de). `return_perf_metrics`
@@ -223,6 +231,7 @@ _LLAMACPP = _dialect(
         "prompt_tokens_per_second": "llamacpp:prompt_tokens_total",
         "time_per_output_token": "llamacpp:tokens_predicted_seconds_total / llamacpp:tokens_predicted_total",
     },
+    tokenize=Form.CONTENT,
 )
 
 # Names as in the server's docs/user_guide/metrics.md of 2.73. A batch that runs has no gauge; an ensemble counts a

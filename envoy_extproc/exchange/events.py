@@ -74,11 +74,13 @@ class Scheduled(msgspec.Struct, frozen=True):
 
     Attributes:
         rate: requests per second that this server sends to the chosen endpoint, this one included.
+        prompt_tokens: of the request, where somebody counted them; None where the estimate stands.
     """
 
     at: float
     decision: Decision
     rate: float = 0.0
+    prompt_tokens: int | None = None
 
 
 class Refused(msgspec.Struct, frozen=True):

@@ -253,6 +253,8 @@ class Exchange:
         self.state = State.HANDED_OVER if self._native else State.AWAIT_RESPONSE_HEADERS
         self._decision = event.decision
         self.record.routing = routing_of(event.decision)
+        if event.prompt_tokens is not None:
+            self.record.count(event.prompt_tokens)
         form = control.load_report_form(self._headers) or self._settings.load_report
         if form is not None:
             self._load_report = LoadReport(form, event.decision.chosen, event.rate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.errors import ErrorType, GatewayError
 from envoy_extproc.exchange.events import StreamClosed
@@ -91,6 +93,11 @@ class Record:
         self.operation = route.operation
         self.opaque = route.opaque
         self.accounting = self.accounting and route.accounting is not Accounting.NOTHING
+
+    def count(self, prompt_tokens: int) -> None:
+        """The prompt was counted: a better guess, where no engine tells, than one from its bytes."""
+        if self.inference is not None:
+            self.inference = msgspec.structs.replace(self.inference, prompt_tokens_estimate=prompt_tokens)
 
     def answer_here(self) -> None:
         """This server gives a good answer itself."""

@@ -93,6 +93,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         order: names of the endpoints to try, one a try.
         endpoints: everyone who serves the model: in the order of the tries, then who is not tried, then who is left out.
         because: sentences that tell the same.
+        prompt_tokens: how long the prompt is; 0 where there is none that can be read.
+        tokenizer: who counted them; None where they are estimated.
     """
 
     model: str | None
@@ -106,6 +108,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     order: tuple[str, ...]
     endpoints: tuple[Row, ...]
     because: tuple[str, ...]
+    prompt_tokens: int = 0
+    tokenizer: str | None = None
 
 
 def explain(
@@ -114,6 +118,8 @@ def explain(
     candidates: Sequence[Candidate],
     *,
     model: str | None = None,
+    prompt_tokens: int = 0,
+    tokenizer: str | None = None,
     left_out: Mapping[str, str] = _NONE,
 ) -> Explanation:
     """The reasons of `decision`.
@@ -123,6 +129,8 @@ def explain(
         asked: whose policy counted.
         candidates: everyone to tell of, those left out included.
         model: the request's.
+        prompt_tokens: likewise.
+        tokenizer: likewise.
         left_out: why some were no candidates at all, by address.
     """
     rows = sorted(_rows(decision, candidates, left_out), key=_rank)
@@ -137,7 +145,9 @@ def explain(
         chosen=decision.chosen.endpoint.name,
         order=tuple([endpoint.name for endpoint in decision.order]),
         endpoints=tuple(rows),
-        because=_sentences(decision, asked, rows),
+        because=(*_sentences(decision, asked, rows), *_length(prompt_tokens, tokenizer)),
+        prompt_tokens=prompt_tokens,
+        tokenizer=tokenizer,
     )
 
 
@@ -199,6 +209,11 @@ def _sentences(decision: Decision, asked: Asked, rows: Sequence[Row]) -> tuple[s
     if decision.prefill is not None:
         said.append(f"{decision.prefill.endpoint.name} prefills its prompt.")
     return tuple(said)
+
+
+def _length(prompt_tokens: int, tokenizer: str | None) -> tuple[str, ...]:
+    """Said of a prompt that was counted; estimates are as good as the rule that makes them."""
+    return () if tokenizer is None else (f"The prompt has {prompt_tokens} tokens, counted by {tokenizer}.",)
 
 
 def _left_out(decision: Decision, rows: Sequence[Row]) -> Sequence[tuple[str, Sequence[str]]]:

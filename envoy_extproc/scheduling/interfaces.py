@@ -38,7 +38,8 @@ class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
         pin: address from `target-pod-ip`; None where the client does not ask for one.
         subset: the addresses the picker protocol allows; None where it allows all, empty where it allows none.
         selector: the label selector of `external-filter`; None where the client sends none.
-        prompt_tokens: how long its prompt is, estimated; 0 where it has none that can be read.
+        prompt_tokens: how long its prompt is; 0 where it has none that can be read.
+        tokenizer: who counted them; None where they are estimated.
         prompt: the prompt itself, read only by who asks for it; None where it has none that can be read.
         max_output_tokens: how long its answer may become; None where it does not say.
         adapter: whether `model` is a LoRA adapter; who chooses finds that out.
@@ -55,6 +56,7 @@ class SchedulingRequest(msgspec.Struct, frozen=True, kw_only=True):
     subset: tuple[str, ...] | None = None
     selector: str | None = None
     prompt_tokens: int = 0
+    tokenizer: str | None = None
     prompt: Prompt | None = None
     max_output_tokens: int | None = None
     adapter: bool = False

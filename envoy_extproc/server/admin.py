@@ -34,6 +34,7 @@ class Admin:
         director: what /debug looks at.
         trust_user: whether the header `user` counts in what is to be explained.
         debug_token: opens /debug from anywhere; None leaves it to loopback.
+        counted: has the prompt of a request counted.
         breaker: what the circuit breaker of an address does; None where there is none.
         routes: what the Gateways say of each model's HTTPRoutes; None where nobody watches them.
     """
@@ -46,6 +47,7 @@ class Admin:
         director: Director,
         debug_token: str | None,
         trust_user: bool = False,
+        counted: explaining.Counted = explaining.uncounted,
         breaker: Callable[[str], str | None] = lambda _: None,
         routes: Callable[[], object] | None = None,
     ) -> None:
@@ -54,6 +56,7 @@ class Admin:
         self._director = director
         self._debug_token = debug_token
         self._trust_user = trust_user
+        self._counted = counted
         self._breaker = breaker
         self._routes = routes
 
@@ -122,9 +125,11 @@ class Admin:
             question = explaining.decode(await request.read())
         except explaining.QuestionError as error:
             raise web.HTTPBadRequest(text=f"not a question: {error}\n") from None
-        now = time.monotonic()
-        answer = explaining.answer(
-            question, lambda asked: self._director.explain(asked, now), trust_user=self._trust_user
+        answer = await explaining.answer(
+            question,
+            lambda asked: self._director.explain(asked, time.monotonic()),
+            counted=self._counted,
+            trust_user=self._trust_user,
         )
         return web.Response(
             status=answer.status,
@@ -188,7 +193,13 @@ def _decision(
     at: float, request: SchedulingRequest, decision: Decision, asked: Asked, now: float
 ) -> Mapping[str, Any]:
     names = [candidate.endpoint.name for candidate in decision.candidates]
-    explained = explain(decision, asked, decision.candidates, model=request.model)
+    explained = explain(
+        decision,
+        asked,
+        decision.candidates,
+        prompt_tokens=request.prompt_tokens,
+        tokenizer=request.tokenizer,
+    )
     return {
         "seconds_ago": round(now - at, 3),
         "model": request.model,
@@ -205,6 +216,8 @@ def _decision(
             for each in decision.scores
         },
         "weights": explained.weights,
+        "prompt_tokens": request.prompt_tokens,
+        "tokenizer": request.tokenizer,
         "candidates": [_candidate(candidate, at) for candidate in decision.candidates],
     }
 

@@ -7,7 +7,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -50,6 +50,8 @@ from envoy_extproc.telemetry import Hooks
 from envoy_extproc.telemetry.gauges import RouteRows, UnusableRows, WatchRows
 from envoy_extproc.telemetry.log import RequestLog
 from envoy_extproc.telemetry.prometheus import PrometheusMetrics
+from envoy_extproc.tokens.building import load_encodings, prompt_counter
+from envoy_extproc.tokens.remote import PodTargets
 
 log = structlog.get_logger()
 
@@ -117,6 +119,7 @@ class App:
         self._discovered = Snapshot()
         self._look_around()
         self._decide()
+        self._count()
         self._listen()
         self.ext_proc_port = 0
         self.admin_port = 0
@@ -161,6 +164,25 @@ class App:
             self._scraper.states, avoided=self._breakers.avoided, created=int(time.time())
         )
 
+    def _count(self) -> None:
+        """Makes what counts prompts; encodings are loaded here, before anybody is served."""
+        settings = self._settings
+        loaded = load_encodings(settings)
+        for encoding, flaw in loaded.flaws.items():
+            log.warning("tokens_estimated", encoding=encoding, reason=flaw)
+        known = dialects(settings.engines.dialects)
+        self._counter = prompt_counter(
+            settings,
+            loaded,
+            pods=PodTargets(
+                lambda model: self._director.snapshot.by_model.get(model, ()),
+                form=lambda endpoint: known[endpoint.engine].tokenize if endpoint.engine in known else None,
+                ready=lambda endpoint: self._director.is_ready(endpoint.address, time.monotonic()),
+            ),
+            known=lambda model: model in self._director.snapshot.by_model,
+            told=self._metrics.prompt_counted,
+        )
+
     def _listen(self) -> None:
         """Makes what Envoy, probes and people ask."""
         settings = self._settings
@@ -174,6 +196,7 @@ class App:
                 lane=self._lane,
                 catalogue=self._catalogue,
                 rates=self._rates,
+                counter=self._counter,
                 heard=self._engine_told,
                 hold=settings.responses.hold_streams,
                 left=self._fairness.left,
@@ -194,6 +217,7 @@ class App:
             director=self._director,
             debug_token=settings.server.debug_token,
             trust_user=settings.auth.mode == "header",
+            counted=self.counted,
             breaker=self._breakers.describe,
             routes=None if self._routes is None else self._routes.described,
         )
@@ -205,7 +229,7 @@ class App:
             EndpointError: discovery has nothing valid to start with.
             OSError: a port cannot be had.
         """
-        async with self._grpc() as server, self._http(), asyncio.TaskGroup() as group:
+        async with self._counting(), self._grpc() as server, self._http(), asyncio.TaskGroup() as group:
             work = [self._discover(), self._scraper.run(), self._follow_adapters()]
             work += [] if self._routes is None else [self._routes.run()]
             tasks = [group.create_task(each) for each in work]
@@ -215,8 +239,9 @@ class App:
             for task in tasks:
                 task.cancel()
 
-    async def look(self) -> Callable[[SchedulingRequest], Explanation]:
-        """Asks every engine once, without serving; returns what explains requests by what they said.
+    @asynccontextmanager
+    async def looking(self) -> AsyncIterator[Callable[[SchedulingRequest], Explanation]]:
+        """Asks every engine once, without serving; gives what explains requests by what they said.
 
         Raises:
             EndpointError: discovery has nothing valid.
@@ -229,7 +254,12 @@ class App:
             scraping.cancel()
         self._choose_among(self._catalogue.with_adapters(self._discovered))
         now = time.monotonic()
-        return lambda request: self._director.explain(request, now)
+        async with self._counting():
+            yield lambda request: self._director.explain(request, now)
+
+    async def counted(self, request: SchedulingRequest) -> SchedulingRequest:
+        """`request` with its prompt counted, if there is somebody to do so."""
+        return request if self._counter is None else await self._counter.counted(request)
 
     async def _hear_of_all(self) -> None:
         """Waits until every engine has answered or failed, though not for one that never will."""
@@ -302,6 +332,11 @@ class App:
             elif clock() - quiet_since >= _LOG_FLUSH_SECONDS:
                 self._access_log.end()
             await asyncio.wait([stopping], timeout=_DRAIN_STEP_SECONDS)
+
+    @asynccontextmanager
+    async def _counting(self) -> AsyncIterator[None]:
+        async with nullcontext() if self._counter is None else self._counter:
+            yield
 
     @asynccontextmanager
     async def _grpc(self) -> AsyncIterator[grpc.aio.Server]:

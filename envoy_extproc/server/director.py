@@ -121,6 +121,10 @@ class Director:
         """The endpoint of an address; None if discovery does not know it."""
         return self.snapshot.by_address.get(address)
 
+    def is_ready(self, address: str, now: float) -> bool:
+        """Whether the pod at an address is reachable and did not fail lately, at `now`."""
+        return self._states.get(address, _UNKNOWN).reachable and not self._avoided(address, now)
+
     def schedule(self, request: SchedulingRequest, now: float) -> Decision:
         """Where `request` goes at `now`, monotonic seconds.
 
@@ -161,7 +165,13 @@ class Director:
         out = left_out(self.snapshot, request, allow_pinning=self._rules.allow_pinning)
         others = [endpoint for endpoint in self.snapshot.endpoints if endpoint.address in out]
         return explain(
-            decision, asked, [*candidates, *self.candidates(others, now)], model=request.model, left_out=out
+            decision,
+            asked,
+            [*candidates, *self.candidates(others, now)],
+            model=request.model,
+            prompt_tokens=request.prompt_tokens,
+            tokenizer=request.tokenizer,
+            left_out=out,
         )
 
     def asked(self, request: SchedulingRequest) -> Asked:

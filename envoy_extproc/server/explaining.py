@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -19,6 +19,14 @@ from envoy_extproc.openai import routes
 from envoy_extproc.openai.error_body import error_body
 from envoy_extproc.scheduling.explain import Explanation
 from envoy_extproc.scheduling.interfaces import SchedulingRequest
+
+Counted = Callable[[SchedulingRequest], Awaitable[SchedulingRequest]]
+"""Has the prompt of a request counted, as for one that is to be decided."""
+
+
+async def uncounted(request: SchedulingRequest) -> SchedulingRequest:
+    """Leaves the estimate."""
+    return request
 
 
 class QuestionError(ValueError):
@@ -93,12 +101,16 @@ def decode(text: bytes) -> Question:
     return Question(path=asked.path, headers=tuple(headers), body=body)
 
 
-def answer(
-    question: Question, explain: Callable[[SchedulingRequest], Explanation], *, trust_user: bool = False
+async def answer(
+    question: Question,
+    explain: Callable[[SchedulingRequest], Explanation],
+    *,
+    counted: Counted = uncounted,
+    trust_user: bool = False,
 ) -> Answer:
     """What comes of `question`, by whoever decides; `trust_user` as in `ExchangeSettings`."""
     try:
-        explanation = explain(read(question, trust_user=trust_user))
+        explanation = explain(await counted(read(question, trust_user=trust_user)))
     except GatewayError as error:
         return _refusal(error)
     return Answer(status=200, body=msgspec.json.encode(explanation), explanation=explanation)

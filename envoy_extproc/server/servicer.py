@@ -31,6 +31,7 @@ from envoy_extproc.exchange.commands import (
 )
 from envoy_extproc.exchange.events import Event, Listed, Refused, Scheduled, StreamClosed
 from envoy_extproc.exchange.exchange import Exchange, ExchangeSettings, State
+from envoy_extproc.scheduling.interfaces import SchedulingRequest
 from envoy_extproc.server import wire
 from envoy_extproc.server.catalogue import Catalogue
 from envoy_extproc.server.director import Director
@@ -38,6 +39,7 @@ from envoy_extproc.server.native_lane import NativeLane
 from envoy_extproc.state.memory import InFlight, Lease
 from envoy_extproc.state.rates import Rates
 from envoy_extproc.telemetry import UNKNOWN_MODEL, Hook
+from envoy_extproc.tokens.counting import PromptCounter
 
 log = structlog.get_logger()
 
@@ -64,6 +66,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
         lane: the native lane.
         catalogue: knows the models.
         rates: how often requests go to each endpoint.
+        counter: counts prompts before they are decided about; None where the estimate will do for all.
         heard: told what the engine at an address said of its load, and when.
         hold: whether a stream is held to the end of an exchange that was handed over.
         left: told the ticket of each that is over, though its report is left to Envoy's access log.
@@ -76,6 +79,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     lane: NativeLane
     catalogue: Catalogue
     rates: Rates = msgspec.field(default_factory=Rates)
+    counter: PromptCounter | None = None
     heard: Callable[[str, orca.Parsed, float], None] = lambda _address, _parsed, _at: None
     hold: bool = True
     left: Callable[[str], None] = lambda _ticket: None
@@ -89,14 +93,16 @@ class Call:
         returning: whether this server is giving the stream back to Envoy.
         writing: whether a reply is on its way out. Cancelled in the middle of its first one, gRPC would leave the
             stream open for ever.
+        uncounted: a request whose prompt is to be counted before it is decided about; None where none is.
     """
 
-    __slots__ = ("_lease", "_parts", "_ticket", "exchange", "returning", "writing")
+    __slots__ = ("_lease", "_parts", "_ticket", "exchange", "returning", "uncounted", "writing")
 
     def __init__(self, exchange: Exchange, parts: Parts) -> None:
         self.exchange = exchange
         self.returning = False
         self.writing = False
+        self.uncounted: SchedulingRequest | None = None
         self._parts = parts
         self._lease: Lease | None = None
         self._ticket: str | None = None
@@ -110,12 +116,25 @@ class Call:
                 reply = answer
         return reply
 
+    async def decide(self, clock: Callable[[], float]) -> Continue | Respond | None:
+        """Counts the prompt of the request that is uncounted, and performs what waited for it."""
+        request, self.uncounted = self.uncounted, None
+        counter = self._parts.counter
+        assert request is not None
+        assert counter is not None
+        counted = await counter.counted(request)
+        return self.receive(self._schedule(counted, clock()))
+
     def _perform(self, command: Command, at: float) -> Continue | Respond | None:
         match command:
             case Continue() | Respond():
                 return command
             case Schedule():
-                return self.receive(self._schedule(command, at))
+                counter = self._parts.counter
+                if counter is not None and counter.counts(command.request):
+                    self.uncounted = command.request
+                    return None
+                return self.receive(self._schedule(command.request, at))
             case ListModels():
                 parts = self._parts
                 body = parts.catalogue.answer(parts.director.snapshot, command.name, at)
@@ -131,20 +150,19 @@ class Call:
                 self._release(command, at)
         return None
 
-    def _schedule(self, command: Schedule, at: float) -> Scheduled | Refused:
+    def _schedule(self, request: SchedulingRequest, at: float) -> Scheduled | Refused:
         parts = self._parts
         began = time.perf_counter()
         try:
-            decision = parts.director.schedule(command.request, at)
+            decision = parts.director.schedule(request, at)
         except GatewayError as error:
             return Refused(at, error)
         seconds = time.perf_counter() - began
-        self._lease = parts.in_flight.acquire(
-            decision.chosen.endpoint, command.request.model or UNKNOWN_MODEL
-        )
+        self._lease = parts.in_flight.acquire(decision.chosen.endpoint, request.model or UNKNOWN_MODEL)
         self._ticket = decision.ticket
         parts.hook.decided(decision, seconds)
-        return Scheduled(at, decision, parts.rates.add(decision.chosen.endpoint.address, at))
+        tokens = None if request.tokenizer is None else request.prompt_tokens
+        return Scheduled(at, decision, parts.rates.add(decision.chosen.endpoint.address, at), tokens)
 
     def _finish(self, command: Finish) -> None:
         if self._lease is not None:
@@ -252,6 +270,8 @@ class ExternalProcessor:
                 self._message_unknown()
                 continue
             reply = call.receive(event)
+            if call.uncounted is not None:
+                reply = await call.decide(clock)
             if reply is not None:
                 call.writing = True
                 await context.write(wire.encode(reply))

@@ -37,6 +37,7 @@ from envoy_extproc.settings.serving import Responses as Responses
 from envoy_extproc.settings.serving import Server as Server
 from envoy_extproc.settings.serving import State as State
 from envoy_extproc.settings.serving import Tls as Tls
+from envoy_extproc.settings.tokens import Tokens as Tokens
 
 ENV_PREFIX = "ENVOY_EXTPROC_"
 
@@ -65,6 +66,7 @@ class Settings(BaseSettings):
     state: State = State()
     limits: Limits = Limits()
     auth: Auth = Auth()
+    tokens: Tokens = Tokens()
     models: Mapping[str, Model] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -73,6 +75,13 @@ class Settings(BaseSettings):
             raise ValueError(
                 "responses.hold_streams: false needs the access log of every request at this server, so no envoy.servers"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _encodings_are_used(self) -> Self:
+        for name, model in self.models.items():
+            if model.encoding is not None and (model.tokens or self.tokens.mode) != "tiktoken":
+                raise ValueError(f"models.{name}.encoding: is for tiktoken; give `tokens: tiktoken` too")
         return self
 
     @property

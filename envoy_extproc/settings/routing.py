@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from envoy_extproc.settings.base import Section
+from envoy_extproc.settings.tokens import EncodingName, TokensMode
 
 
 class Breaker(Section):
@@ -173,6 +174,10 @@ class Model(Section):
     config: ModelConfig | None = None
     """`{lockedRoutingStrategy, defaultProfile, profiles: {name: {routingStrategy, routingConfig}}}` in AIBrix's shape, instead of
     the annotation `model.aibrix.ai/config` of the model's pods; docs/routing.md has what it means."""
+    tokens: TokensMode | None = None
+    """Instead of `tokens.mode`."""
+    encoding: EncodingName | None = None
+    """Instead of `tokens.encoding`: models are cut into tokens by encodings of their own."""
 
     @model_validator(mode="after")
     def _locked_to_a_policy(self) -> Self:

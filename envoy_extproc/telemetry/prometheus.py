@@ -42,6 +42,7 @@ _TPOT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 _DECISION = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1)
 
+_COUNTING = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _SHARE = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 _BY_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
@@ -112,6 +113,9 @@ class PrometheusMetrics:
             "unexpected_messages", "Messages of Envoy's that should not have come."
         )
         self._unknown = self._counter("unknown_messages", "Messages of Envoy's of a kind not known.")
+        self._token_estimates = self._counter(
+            "token_estimates", "Prompts that were to be counted and are estimated.", "tokenizer", "reason"
+        )
         self._scrapes = self._counter("scrape_failures", "Scrapes of an engine that failed.", "endpoint")
 
     def follow_discovery(self, watches: WatchRows, unusable: UnusableRows, routes: RouteRows) -> None:
@@ -153,6 +157,12 @@ class PrometheusMetrics:
             _SHARE,
             "policy",
         )
+        self._counting = self._histogram(
+            "envoy_extproc_token_count_seconds",
+            "What a decision waited until its prompt was counted.",
+            _COUNTING,
+            "tokenizer",
+        )
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
@@ -183,6 +193,13 @@ class PrometheusMetrics:
     def load_report_unread(self, reason: str) -> None:
         """An engine's ORCA report could not be read, for a reason of `orca.Flaw`."""
         self._load_reports_unread.labels(reason).inc()
+
+    def prompt_counted(self, tokenizer: str, seconds: float, reason: str | None) -> None:
+        """A prompt was counted, or was not, for a reason of `counting.Reason`."""
+        if reason is None:
+            self._counting.labels(tokenizer).observe(seconds)
+        else:
+            self._token_estimates.labels(tokenizer, reason).inc()
 
     def message_unknown(self) -> None:
         """A message of a kind not known came."""

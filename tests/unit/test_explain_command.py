@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import random
@@ -49,8 +50,12 @@ def director() -> Director:
     return made
 
 
+async def answering(asked: Question) -> Answer:
+    return await explaining.answer(asked, lambda request: director().explain(request, 0.0))
+
+
 def answered(asked: Question) -> Answer:
-    return explaining.answer(asked, lambda request: director().explain(request, 0.0))
+    return asyncio.run(answering(asked))
 
 
 def shown(answer: Answer) -> list[str]:
@@ -156,7 +161,7 @@ async def admin(kind: type[Admin] = Admin) -> AsyncIterator[str]:
 async def test_a_server_answers_as_it_is_answered_here(headers: tuple[tuple[str, str], ...]) -> None:
     asked = Question(headers=headers, body=BODY)
     async with admin() as url:
-        far, near = await there(f"{url}/", asked, None), answered(asked)
+        far, near = await there(f"{url}/", asked, None), await answering(asked)
     assert (far.status, set(far.headers)) == (near.status, set(near.headers))
     assert json.loads(far.body).keys() == json.loads(near.body).keys()
     assert (far.explanation is None) is (near.explanation is None)

@@ -20,7 +20,7 @@ from envoy_extproc.exchange.exchange import ExchangeSettings
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.openai.answer import Usage
 from envoy_extproc.scheduling import registry
-from envoy_extproc.scheduling.interfaces import Decision
+from envoy_extproc.scheduling.interfaces import Decision, SchedulingRequest
 from envoy_extproc.server import wire
 from envoy_extproc.server.catalogue import Catalogue
 from envoy_extproc.server.director import Director, RoutingRules
@@ -28,6 +28,7 @@ from envoy_extproc.server.native_lane import Accounting, NativeLane
 from envoy_extproc.server.servicer import ExternalProcessor, Parts
 from envoy_extproc.state.memory import InFlight
 from envoy_extproc.telemetry import Hook, Hooks
+from envoy_extproc.tokens.counting import PromptCounter, Uncounted
 from tests.support.builders import MODEL, endpoint, sse, token, usage
 from tests.support.gateway import eventually
 
@@ -111,6 +112,7 @@ async def service(
     settings: ExchangeSettings | None = None,
     lane: NativeLane | None = None,
     hold: bool = True,
+    counter: PromptCounter | None = None,
 ) -> AsyncIterator[Service]:
     in_flight, told, unknown = InFlight(), Told(), list[None]()
     directing = director(
@@ -128,6 +130,7 @@ async def service(
         hook=Hooks(*hooks, told),
         lane=lane or NativeLane("auto"),
         catalogue=Catalogue({}),
+        counter=counter,
         hold=hold,
     )
     processor = ExternalProcessor(parts, message_unknown=lambda: unknown.append(None))
@@ -640,3 +643,168 @@ async def test_what_outlives_its_stream_ends_without_a_word(where: str, ends: st
     await eventually(lambda: asyncio.all_tasks() <= before)
     gc.collect()
     assert said == []
+
+
+# -- prompts that are counted --------------------------------------------------------------------------------------
+
+ASKED = b'{"model":"llama-3-8b","stream":true,"messages":[{"role":"user","content":"hello"}]}'
+
+
+class Slow:
+    """A tokenizer that answers when a test says so: a number of tokens, or None for none."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.asked: list[SchedulingRequest] = []
+        self.answer: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+
+    async def count(self, request: SchedulingRequest) -> int:
+        self.asked.append(request)
+        tokens = await asyncio.shield(self.answer)
+        if tokens is None:
+            raise Uncounted("timeout")
+        return tokens
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def counting(tokenizer: Slow) -> tuple[PromptCounter, list[tuple[str, str | None]]]:
+    told: list[tuple[str, str | None]] = []
+    counter = PromptCounter(
+        tokenizer,
+        {"uncounted": None},
+        known=lambda model: model == MODEL,
+        told=lambda name, _seconds, reason: told.append((name, reason)),
+    )
+    return counter, told
+
+
+@pytest.mark.parametrize(("tokens", "reported"), [(1234, 1234), (None, 9)])
+async def test_a_decision_waits_for_its_prompt_to_be_counted(tokens: int | None, reported: int) -> None:
+    slow = Slow()
+    counter, told = counting(slow)
+    async with service(counter=counter) as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        await stream.write(request_body(ASKED))
+        await until(lambda: len(slow.asked) == 1)
+        assert served.told.decisions == []
+        assert served.in_flight.total == 0
+        slow.answer.set_result(tokens)
+        routed = await stream.read()
+        assert isinstance(routed, Response)
+        assert routed.WhichOneof("response") == "request_body"
+        assert list(served.in_flight) == [(MODEL, "10.0.0.1:8000", 1)]
+        ((_, decided, _),) = served.processor._parts.director.decisions
+        assert (decided.prompt_tokens, decided.tokenizer) == (reported, "slow" if tokens else None)
+
+        await say(stream, response_headers())
+        await say(stream, response_body(sse(token(), "[DONE]"), end=True))
+        await stream.done_writing()
+        report = await served.report()
+        assert (report.usage_source, report.usage.prompt_tokens) == ("estimated", reported)
+        assert told == [("slow", None if tokens else "timeout")]
+        assert served.in_flight.total == 0
+
+
+async def test_what_an_engine_reports_counts_before_what_was_counted() -> None:
+    slow = Slow()
+    slow.answer.set_result(1234)
+    async with service(counter=counting(slow)[0]) as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        await say(stream, request_body(ASKED))
+        await say(stream, response_headers())
+        await say(stream, response_body(sse(token(), usage(3, 2), "[DONE]"), end=True))
+        await stream.done_writing()
+        report = await served.report()
+        assert (report.usage_source, report.usage.prompt_tokens) == ("reported", 3)
+
+
+async def test_in_the_native_lane_the_count_travels_with_the_facts() -> None:
+    slow = Slow()
+    slow.answer.set_result(1234)
+    async with service(counter=counting(slow)[0], lane=NativeLane("native")) as served:
+        stream = served.open()
+        await say(stream, request_headers(lua=1))
+        routed = await say(stream, request_body(ASKED))
+        assert '"prompt_tokens_estimate":1234' in str(routed.dynamic_metadata).replace("\\", "")
+        stream.cancel()
+        await until(lambda: served.processor.live == 0)
+        assert served.in_flight.total == 0
+
+
+@pytest.mark.parametrize(
+    "body", [STREAM, b'{"model":"unknown","messages":[]}', b'{"model":"uncounted","messages":[]}']
+)
+async def test_what_need_not_be_counted_is_not(body: bytes) -> None:
+    slow = Slow()
+    async with service(counter=counting(slow)[0]) as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        await say(stream, request_body(body))
+        assert slow.asked == []
+        stream.cancel()
+
+
+@pytest.mark.parametrize("how", ["cancel", "half-close"])
+@pytest.mark.parametrize("lua", [None, 1])
+async def test_a_client_that_leaves_while_its_prompt_is_counted(how: str, lua: int | None) -> None:
+    slow, lane = Slow(), NativeLane("auto")
+    async with service(counter=counting(slow)[0], lane=lane) as served:
+        stream = served.open()
+        await say(stream, request_headers(lua=lua))
+        await stream.write(request_body(ASKED))
+        await until(lambda: len(slow.asked) == 1)
+        if how == "cancel":
+            stream.cancel()
+        else:
+            await stream.done_writing()
+            slow.answer.set_result(7)
+        await until(lambda: served.processor.live == 0)
+        assert served.in_flight.total == 0
+        await asyncio.sleep(0.05)
+        assert (len(served.told.reports), lane.ended) == ((1, 0) if lua is None else (0, 1))
+        if lua is None and how == "cancel":
+            assert (served.told.reports[0].outcome, served.told.reports[0].routing) == ("aborted", None)
+
+
+async def test_a_server_that_drains_keeps_a_request_whose_prompt_is_counted() -> None:
+    slow = Slow()
+    async with service(counter=counting(slow)[0]) as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        await stream.write(request_body(ASKED))
+        await until(lambda: len(slow.asked) == 1)
+        for held_only in (True, False):
+            served.processor.give_back(held_only=held_only)
+        await asyncio.sleep(0.05)
+        assert served.processor.live == 1
+        slow.answer.set_result(7)
+        routed = await stream.read()
+        assert isinstance(routed, Response)
+        assert routed.WhichOneof("response") == "request_body"
+        await served.give_back(held_only=False)
+        assert await ended(stream)
+        report = await served.report()
+        assert (report.outcome, report.usage.prompt_tokens) == ("drained", 7)
+        assert served.in_flight.total == 0
+
+
+async def test_a_defect_in_counting_ends_its_exchange_alone() -> None:
+    class Broken(Slow):
+        async def count(self, request: SchedulingRequest) -> int:
+            raise Defect
+
+    async with service(counter=counting(Broken())[0]) as served:
+        stream = served.open()
+        await say(stream, request_headers())
+        await stream.write(request_body(ASKED))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stream.read()
+        report = await served.report()
+        assert (report.outcome, report.error) == ("error", "Defect")
+        assert served.in_flight.total == 0

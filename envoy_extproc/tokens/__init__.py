@@ -1,0 +1,1 @@
+"""Counting the tokens of prompts: with tiktoken here, or by asking a tokenizer over HTTP; what cannot be counted is estimated."""
