@@ -1,4 +1,7 @@
-"""A tokenizer over HTTP: words and signs are tokens. It answers in the forms of vLLM, SGLang and llama.cpp, or fails as it is told."""
+"""A tokenizer over HTTP: words and signs are tokens. It answers in the forms of vLLM, SGLang and llama.cpp, or fails as it is told.
+
+It is a pod, too: of an engine that answers every chat with one word and tells no usage.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.support.builders import MODEL
+
 PER_TURN, ANSWER = 5, 3
 
 
@@ -20,7 +25,8 @@ class Tokenizer:
     """One of them.
 
     Attributes:
-        requests: headers and body of each that came.
+        requests: headers and body of each question that came.
+        chats: bodies of the others.
         status: of the answers.
         delay: seconds before each.
         body: of the answers, instead of a count.
@@ -29,6 +35,7 @@ class Tokenizer:
     """
 
     requests: list[tuple[Mapping[str, str], dict[str, Any]]] = field(default_factory=list)
+    chats: list[dict[str, Any]] = field(default_factory=list)
     status: int = 200
     delay: float = 0.0
     body: bytes | None = None
@@ -52,6 +59,16 @@ class Tokenizer:
         return web.Response(
             status=self.status, body=body, content_type="application/json", headers=self.headers
         )
+
+    async def chat(self, request: web.Request) -> web.Response:
+        self.chats.append(json.loads(await request.read()))
+        message = {"role": "assistant", "content": "yes"}
+        choice = {"index": 0, "message": message, "text": "yes", "finish_reason": "stop"}
+        return web.json_response({"id": "1", "object": "chat.completion", "choices": [choice]})
+
+    def pod(self, name: str, **more: Any) -> dict[str, Any]:
+        """As in `discovery.static.endpoints`."""
+        return {"name": name, "address": self.address, "models": [MODEL], **more}
 
 
 def tokens(text: str) -> list[int]:
@@ -77,13 +94,15 @@ def counted(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 @asynccontextmanager
 async def tokenizer(**options: Any) -> AsyncIterator[Tokenizer]:
-    """One that listens on loopback."""
+    """One that listens on all of loopback, so that it can be several pods."""
     made = Tokenizer(**options)
     app = web.Application(client_max_size=2**28)
     app.router.add_post("/tokenize", made.answer)
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages"):
+        app.router.add_post(path, made.chat)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "0.0.0.0", 0).start()
     made.address = f"127.0.0.1:{runner.addresses[0][1]}"
     try:
         yield made
