@@ -84,6 +84,18 @@ class Settings(BaseSettings):
                 raise ValueError(f"models.{name}.encoding: is for tiktoken; give `tokens: tiktoken` too")
         return self
 
+    @model_validator(mode="after")
+    def _counts_are_in_time(self) -> Self:
+        modes = {self.tokens.mode, *(model.tokens for model in self.models.values())}
+        if (
+            modes & {"tiktoken", "remote"}
+            and self.tokens.timeout_ms >= self.envoy.message_timeout_seconds * 1000
+        ):
+            raise ValueError(
+                "tokens.timeout_ms: must be less than Envoy waits, envoy.message_timeout_seconds"
+            )
+        return self
+
     @property
     def fail_open(self) -> bool:
         """`envoy.fail_open` with `auto` decided."""

@@ -44,7 +44,7 @@ class Tokens(Section):
     `envoy_extproc_token_estimates_total` says why."""
     encoding: EncodingName = "cl100k_base"
     """For tiktoken: the name of an encoding of an installed package, or of a file `<name>.tiktoken` in `cache_dir`. It is loaded at the
-    start and never fetched. Tokenizers of today's models are within some percent of each other on English text."""
+    start and never fetched. Tokenizers of today's models are within a tenth of each other on English text."""
     cache_dir: Path | None = None
     """A directory with files of encodings, under tiktoken's own names for downloads or as `<name>.tiktoken`. null: only what
     packages bring."""
@@ -57,9 +57,9 @@ class Tokens(Section):
     bearer_token: str | None = Field(default=None, min_length=1, repr=False)
     """For remote: sent as `authorization`, where engines were started with a key."""
     timeout_ms: int = Field(default=100, ge=1, le=5000)
-    """The longest a decision waits for a count; a prompt of 8,000 tokens takes 2 ms here, and an engine some 10."""
-    max_prompt_bytes: int = Field(default=1_048_576, ge=1, le=67_108_864)
-    """Longer prompts are not counted: 1 MiB of English is 230,000 tokens, and takes 70 ms of a core."""
+    """The longest a decision waits for a count. A prompt of 8,000 tokens takes 3 ms here, and an engine some 20."""
+    max_prompt_bytes: int = Field(default=524_288, ge=1, le=67_108_864)
+    """Longer prompts are not counted: this is 131,000 tokens of English, and takes 40 ms of a core."""
     threads: int = Field(default=2, ge=1, le=64)
     """For tiktoken: what counts prompts beyond 2 KB, beside the event loop. Each can use a core of its own."""
     max_waiting_bytes: int = Field(default=4_194_304, ge=1, le=1_073_741_824)

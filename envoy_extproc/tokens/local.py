@@ -47,7 +47,7 @@ class LocalRules(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     timeout: float = 0.1
-    max_prompt_bytes: int = 1_048_576
+    max_prompt_bytes: int = 524_288
     max_waiting_bytes: int = 4_194_304
     threads: int = 2
 

@@ -50,7 +50,7 @@ class RemoteRules(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     timeout: float = 0.1
-    max_prompt_bytes: int = 1_048_576
+    max_prompt_bytes: int = 524_288
     max_requests: int = 64
     bearer_token: str | None = None
 

@@ -157,6 +157,14 @@ def test_the_form_of_each_engine() -> None:
         ({"tokens": {"url": "file:///etc/passwd"}}, "tokens.url: must be a URL that begins with http:// or https://"),
         ({"tokens": {"timeout_ms": 0}}, "tokens.timeout_ms: "),
         ({"tokens": {"threads": 0}}, "tokens.threads: "),
+        (
+            {"tokens": {"mode": "remote"}, "envoy": {"message_timeout_seconds": 0.1}},
+            "tokens.timeout_ms: must be less than Envoy waits, envoy.message_timeout_seconds",
+        ),
+        (
+            {"models": {"m": {"tokens": "tiktoken"}}, "envoy": {"message_timeout_seconds": 0.05}},
+            "tokens.timeout_ms: must be less than Envoy waits, envoy.message_timeout_seconds",
+        ),
         ({"models": {"m": {"tokens": "words"}}}, "models.m.tokens: "),
         ({"models": {"m": {"encoding": "x"}}}, "models.m.encoding: is for tiktoken; give `tokens: tiktoken` too"),
         ({"models": {"m": {"tokens": "remote", "encoding": "x"}}}, "models.m.encoding: is for tiktoken; give `tokens: tiktoken` too"),
@@ -166,6 +174,10 @@ def test_a_setting_that_is_wrong(sections: Mapping[str, Any], wrong: str) -> Non
     with pytest.raises(SettingsError) as refused:
         settings(**sections)
     assert wrong in str(refused.value)
+
+
+def test_who_counts_by_bytes_waits_for_nobody() -> None:
+    assert settings(envoy={"message_timeout_seconds": 0.05}).tokens.timeout_ms == 100
 
 
 def test_a_key_is_no_part_of_what_is_shown() -> None:
