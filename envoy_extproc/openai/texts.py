@@ -21,13 +21,11 @@ class Texts(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         pieces: the texts, in their order.
-        size: their bytes.
         known: tokens that need no counting: ids, and what a template writes around turns.
         others: images, sounds and files in it.
     """
 
     pieces: tuple[str, ...] = ()
-    size: int = 0
     known: int = 0
     others: int = 0
 
@@ -44,7 +42,6 @@ def read(prompt: Prompt, most: int) -> Texts | None:
     turns = 0 if prompt.turns is Turns.NONE else sum(piece is TURN for piece in rendered)
     return Texts(
         pieces=tuple([piece.decode("utf-8", "replace") for piece in texts]),
-        size=sum(map(len, texts)),
         known=ids + (turns * _PER_TURN + _ANSWER if turns else 0),
         others=sum(type(piece) is Digest for piece in rendered),
     )

@@ -54,12 +54,10 @@ def question(form: Form, model: str, prompt: Prompt, texts: Texts) -> Question |
     A conversation with images is sent as text: an engine would fetch them, only to count what stands for them.
     """
     if form is Form.MESSAGES and prompt.turns is Turns.CHAT and not texts.others:
-        members = [
-            b',"%s":%s' % (name.encode(), raw)
-            for name, member in prompt.members.items()
-            if (raw := bytes(member).strip()) not in _NOT_SENT
-        ]
-        return Question(b'{"model":%s%s}' % (msgspec.json.encode(model), b"".join(members)), 0)
+        raw = {name: bytes(member).strip() for name, member in prompt.members.items()}
+        if raw.get("messages", b"") not in _NOT_SENT:
+            members = [b',"%s":%s' % (name.encode(), raw[name]) for name in raw if raw[name] not in _NOT_SENT]
+            return Question(b'{"model":%s%s}' % (msgspec.json.encode(model), b"".join(members)), 0)
     if not texts.pieces:
         return None
     text = "\n".join(texts.pieces)

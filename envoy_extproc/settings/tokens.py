@@ -55,7 +55,8 @@ class Tokens(Section):
     """For remote: a tokenizer of its own, in vLLM's form: `http://tokenizer:8000/tokenize`. null: the model's own ready pods, each in
     its turn, in the form of its engine."""
     bearer_token: str | None = Field(default=None, min_length=1, repr=False)
-    """For remote: sent as `authorization`, where engines were started with a key."""
+    """For remote: sent as `authorization`, where engines were started with a key. Best as `ENVOY_EXTPROC_TOKENS__BEARER_TOKEN`,
+    from a Secret."""
     timeout_ms: int = Field(default=100, ge=1, le=5000)
     """The longest a decision waits for a count. A prompt of 8,000 tokens takes 3 ms here, and an engine some 20."""
     max_prompt_bytes: int = Field(default=524_288, ge=1, le=67_108_864)

@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import msgspec
 import structlog
@@ -165,7 +166,7 @@ class _Job:
         except (Uncounted, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001  panics of Rust are no `Exception`, and would end all they pass
-            log.warning("tokenizer_failed", error=f"{type(error).__name__}: {error}")
+            _log_once(type(error).__name__, str(error).partition("\n")[0])
             raise Uncounted("failed") from None
 
     def _count(self, text: str) -> int:
@@ -175,6 +176,12 @@ class _Job:
                 raise Uncounted("timeout")
             tokens += len(self._encode(chunk))
         return tokens
+
+
+@lru_cache(16)
+def _log_once(kind: str, message: str) -> None:
+    """The metric counts each; who sends a text on which tiktoken breaks is not to fill the log."""
+    log.warning("tokenizer_failed", error=f"{kind}: {message}")
 
 
 def chunks(text: str, size: int = _CHUNK) -> Iterator[str]:

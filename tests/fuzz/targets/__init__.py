@@ -10,7 +10,19 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol, cast
 
-TARGETS = ("request", "form", "sse", "stream", "answer", "lua", "page", "models", "load_report", "selectors")
+TARGETS = (
+    "request",
+    "form",
+    "sse",
+    "stream",
+    "answer",
+    "lua",
+    "page",
+    "models",
+    "load_report",
+    "selectors",
+    "tokens",
+)
 """By module name."""
 
 
