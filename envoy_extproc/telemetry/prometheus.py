@@ -113,9 +113,6 @@ class PrometheusMetrics:
             "unexpected_messages", "Messages of Envoy's that should not have come."
         )
         self._unknown = self._counter("unknown_messages", "Messages of Envoy's of a kind not known.")
-        self._token_estimates = self._counter(
-            "token_estimates", "Prompts that were to be counted and are estimated.", "tokenizer", "reason"
-        )
         self._scrapes = self._counter("scrape_failures", "Scrapes of an engine that failed.", "endpoint")
 
     def follow_discovery(self, watches: WatchRows, unusable: UnusableRows, routes: RouteRows) -> None:
@@ -157,11 +154,17 @@ class PrometheusMetrics:
             _SHARE,
             "policy",
         )
+        self._counts()
+
+    def _counts(self) -> None:
         self._counting = self._histogram(
             "envoy_extproc_token_count_seconds",
             "What a decision waited until its prompt was counted.",
             _COUNTING,
             "tokenizer",
+        )
+        self._token_estimates = self._counter(
+            "token_estimates", "Prompts that were to be counted and are estimated.", "tokenizer", "reason"
         )
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:

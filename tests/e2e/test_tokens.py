@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -13,8 +14,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+from envoy_extproc.explain import there
+from envoy_extproc.server.explaining import Question
 from tests.support import encoding
-from tests.support.gateway import MODEL, Gateway, chat, new_id
+from tests.support.gateway import MODEL, Gateway, chat, fast_engines, new_id
 from tests.support.lanes import LANES
 from tests.support.tokenizer import Tokenizer, counted, tokenizer
 
@@ -203,3 +206,25 @@ async def test_who_leaves_or_stops_while_a_prompt_is_counted_leaves_nothing_behi
             ids = [line["request_id"] for line in made.reports()]
             assert len(ids) == len(set(ids)) == 3
             assert len(pod.chats) == 2
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_the_engines_own_count_decides_and_explains(directory: Path, lane: str) -> None:
+    """The simulated engine takes four characters for a token, however many bytes they are."""
+    config: dict[str, Mapping[str, Any]] = {
+        "responses": {"accounting": lane},
+        "models": {MODEL: {"config": PROFILES}},
+        "tokens": {"mode": "remote"},
+    }
+    prompt = "\u4e2d\u6587" * 100
+    async with fast_engines(2) as engines, Gateway(directory, engines=engines, config=config) as made:
+        async with aiohttp.ClientSession(made.url) as http:
+            profile, report = await asked(made, http, prompt)
+        assert (profile, usage(report)) == ("few", ("reported", 54))
+        body = json.dumps(chat(prompt)).encode()
+        question = Question(headers=(("config-profile", "auto"),), body=body)
+        told = (await there(made.admin_url(), question, None)).explanation
+        assert told is not None
+        assert (told.policy, told.prompt_tokens, told.tokenizer) == ("random", 54, "remote")
+        assert "The prompt has 54 tokens, counted by remote." in told.because
+        assert await made.metric("envoy_extproc_token_estimates_total") == 0

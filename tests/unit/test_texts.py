@@ -80,6 +80,24 @@ def test_marks_between_texts_count_for_its_length_so_that_many_short_ones_are_bo
     assert texts.read(prompt_of("/v1/completions", prompt=[""] * 1000), 100) is None
 
 
+def test_of_more_ids_than_are_read_the_estimate_is_exact() -> None:
+    assert texts.read(prompt_of("/v1/completions", prompt=[1] * 300_000), 10**8) is None
+    found = texts.read(prompt_of("/v1/completions", prompt=[1] * 100_000), 10**8)
+    assert found is not None
+    assert found.known == 100_000
+
+
+def test_images_take_no_room() -> None:
+    found = texts.read(prompt_of(CHAT, messages=[said([IMAGE] * 50)]), 100)
+    assert found is not None
+    assert found.others == 50
+
+
+def test_a_conversation_that_an_engine_keeps_is_no_text() -> None:
+    kept = read("/v1/responses", previous_response_id="resp_123", input="hello")
+    assert (kept.pieces, kept.known) == (("hello",), 7)
+
+
 def test_a_lone_surrogate_is_a_text_all_the_same() -> None:
     assert read("/v1/completions", prompt="a\ud800b").pieces == ("a?b",)
 

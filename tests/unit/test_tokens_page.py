@@ -13,9 +13,9 @@ from envoy_extproc.scheduling.registry import POLICIES
 from envoy_extproc.settings import parse
 from envoy_extproc.settings.tokens import TokensMode
 from envoy_extproc.tokens.counting import Reason
-from tests.support.pages import DOCS
+from tests.support.pages import section
 
-TOKENS = (DOCS / "routing.md").read_text("utf-8").partition("\n## Tokens\n")[2].partition("\n## ")[0]
+TOKENS = section("routing.md", "Tokens")
 SENT = {
     Form.MESSAGES: "{model, messages, tools}",
     Form.PROMPT: "{model, prompt}",
