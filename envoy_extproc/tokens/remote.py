@@ -33,9 +33,8 @@ _TEMPLATE_TOKENS = 65_536
 _LONG_BYTES = 65_536
 """A question so long may well take longer than it has: no sign of a failure. 16,000 tokens take an engine some 20 ms."""
 
-_ANSWER_BYTES_A_BYTE = (
-    8  # of the question: an id of seven digits and a comma, if each of its bytes is a token; and of all else:
-)
+_ANSWER_BYTES_A_BYTE = 8
+"""Of the question, if each of its bytes is a token: an id of seven digits and a comma. Beside that there are:"""
 _ANSWER_BYTES = 65_536
 
 
