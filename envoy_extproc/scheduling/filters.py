@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from envoy_extproc.scheduling import lora
 from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
+from envoy_extproc.scheduling.roster import Roster
 
 _AHEAD = 8
 """Exchanges by which the endpoints that have an adapter may be busier than the idlest one before any other will do: the
@@ -19,6 +20,8 @@ class ReachableFilter:
 
     def filter(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """See `Filter`."""
+        if isinstance(candidates, Roster) and candidates.all_reachable:
+            return candidates
         return [candidate for candidate in candidates if candidate.reachable] or candidates
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections.abc import Collection, Sequence
 
 from envoy_extproc.scheduling.interfaces import MOST_TRIES, Candidate, SchedulingRequest
+from envoy_extproc.scheduling.roster import in_flight
+
+_MANY = 256
+"""Scores of which the ten best are found sooner than all are sorted."""
 
 
 class MaxScorePicker:
@@ -34,14 +39,16 @@ class MaxScorePicker:
 
 def _best(scores: Sequence[float], candidates: Sequence[Candidate], rng: random.Random) -> Sequence[int]:
     """The places of `MOST_TRIES` candidates that none of the others should come before."""
-    worst = sorted(scores)[-MOST_TRIES]
-    places = [place for place, score in enumerate(scores) if score > worst]
+    best = heapq.nlargest(MOST_TRIES, scores) if len(scores) > _MANY else sorted(scores)[-MOST_TRIES:]
+    worst = min(best)
+    places = [place for place, score in enumerate(scores) if score > worst] if max(best) > worst else []
     equals = [place for place, score in enumerate(scores) if score == worst]
-    counts = [candidates[place].in_flight for place in equals]
+    loads = in_flight(candidates)
+    counts = [loads[place] for place in equals]
     most = sorted(counts)[MOST_TRIES - len(places) - 1]
-    places += [place for place, count in zip(equals, counts, strict=True) if count < most]
-    last = [place for place, count in zip(equals, counts, strict=True) if count == most]
-    return places + rng.sample(last, MOST_TRIES - len(places))
+    near = [(count, place) for place, count in zip(equals, counts, strict=True) if count <= most]
+    places += [place for count, place in near if count < most]
+    return places + rng.sample([place for count, place in near if count == most], MOST_TRIES - len(places))
 
 
 class WeightedRandomPicker:

@@ -17,12 +17,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import compress
 
 from envoy_extproc.endpoints import Endpoint
 from envoy_extproc.openai.prompt import BlockRule
 from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest
+from envoy_extproc.scheduling.roster import column
 
 _NOBODY: Mapping[str, int] = {}
+_FREE = ""
+"""In place of an address: nobody has that place now."""
+
+_BITS = bytes.maketrans(b"01", b"\0\1")
 _SPARED = 4
 """Blocks that get another chance for each that is to go, at most: one prompt's learning stays short whatever was used."""
 
@@ -35,12 +41,13 @@ class _Holder:
         place: of its bits in the table's integers.
         has: the bit for holding a block.
         used: the bit for having been asked for it again.
+        both: the two of them. Most blocks are one endpoint's alone, and share these very integers.
         blocks: each block it holds, once; those before `first` are gone.
         first: where the oldest one is.
         room: blocks it may hold at most, whatever there is for all.
     """
 
-    __slots__ = ("blocks", "endpoint", "first", "has", "place", "room", "used")
+    __slots__ = ("blocks", "both", "endpoint", "first", "has", "place", "room", "used")
 
     def __init__(self, endpoint: Endpoint, place: int, room: int) -> None:
         self.endpoint = endpoint
@@ -48,20 +55,18 @@ class _Holder:
         self.room = room
         self.has = 1 << 2 * place
         self.used = 2 << 2 * place
+        self.both = self.has | self.used
         self.blocks = array("Q")
         self.first = 0
 
     def __len__(self) -> int:
         return len(self.blocks) - self.first
 
-    def oldest(self) -> int:
-        """Takes out the oldest block."""
-        block = self.blocks[self.first]
-        self.first += 1
+    def compact(self) -> None:
+        """Lets go of those that are gone, once they are more than half."""
         if self.first * 2 > len(self.blocks):
             del self.blocks[: self.first]
             self.first = 0
-        return block
 
     def take_out(self, blocks: AbstractSet[int]) -> None:
         """Takes out `blocks`, all of which it has: looked for from the end, since what it got last is there."""
@@ -95,7 +100,7 @@ class PrefixIndex:
         self._in_all = in_all
         self._table: dict[int, int] = {}
         self._holders: dict[str, _Holder] = {}
-        self._by_place: dict[int, _Holder] = {}
+        self._addresses: list[str] = []
         self._rooms: dict[str, int] = {}
         self._level: int | None = None
         self._everyone = 0
@@ -128,10 +133,8 @@ class PrefixIndex:
         """The share of the prompt, 0 to 1, that each candidate holds; all 0 where nobody holds any."""
         blocks = self.blocks(request)
         matched = self.match(blocks)
-        if not matched:
-            return [0.0] * len(candidates)
-        count = len(blocks)
-        return [matched.get(each.endpoint.address, 0) / count for each in candidates]
+        share = {count: count / len(blocks) for count in set(matched.values())}
+        return column(candidates, {address: share[count] for address, count in matched.items()})
 
     def match(self, blocks: Sequence[int]) -> Mapping[str, int]:
         """How many of `blocks`, from the first on without a gap, each endpoint holds; those that hold none are left out."""
@@ -142,26 +145,27 @@ class PrefixIndex:
     def _match(self, blocks: Sequence[int]) -> Mapping[str, int]:
         holding, table = self._everyone, self._table
         matched: dict[str, int] = {}
+        last: int | None = None
         depth = 0
         for block in blocks:
-            left = table.get(block, 0) & holding
-            if left != holding:
-                if depth:
-                    self._note(matched, holding ^ left, depth)
-                holding = left
-                if not left:
-                    return matched or _NOBODY
+            mask = table.get(block, 0)
+            if mask is not last:  # blocks side by side share one integer
+                left = mask & holding
+                if left != holding:
+                    if depth:
+                        self._note(matched, holding ^ left, depth)
+                    holding = left
+                    if not left:
+                        return matched or _NOBODY
+                last = mask
             depth += 1
         if depth:
             self._note(matched, holding, depth)
         return matched
 
     def _note(self, matched: dict[str, int], holding: int, depth: int) -> None:
-        digits = bin(holding)[:1:-1]
-        at = digits.find("1")
-        while at >= 0:
-            matched[self._by_place[at >> 1].endpoint.address] = depth
-            at = digits.find("1", at + 1)
+        has = bin(holding)[:1:-1][::2].encode().translate(_BITS)
+        matched.update(dict.fromkeys(compress(self._addresses, has), depth))
 
     def learn(self, blocks: Sequence[int], endpoint: Endpoint) -> None:
         """`endpoint` is sent a prompt of these blocks. Of a prompt longer than its share the beginning counts."""
@@ -172,55 +176,77 @@ class PrefixIndex:
         if holder is None or not _same(holder.endpoint, endpoint):
             holder = self._welcome(endpoint)
         limit = self._limit(holder.room)
-        blocks = blocks[:limit]
-        fresh = self._touch(holder, blocks)
+        if len(blocks) > limit:
+            blocks = blocks[:limit]
+        fresh = self._give(holder, blocks)
         if len(holder) + len(fresh) > limit:
             self._make_room(holder, limit - len(fresh), keep=set(blocks))
-        self._add(holder, fresh)
+        holder.blocks.extend(reversed(fresh))
 
-    def _touch(self, holder: _Holder, blocks: Sequence[int]) -> Sequence[int]:
-        """Marks the blocks that are held already; returns the others."""
-        table, has, both = self._table, holder.has, holder.has | holder.used
-        before = after = 0
+    def _give(self, holder: _Holder, blocks: Sequence[int]) -> Sequence[int]:
+        """Marks in the table what is held already, and that the others are held now; returns these.
+
+        They go behind all others in the holder's own list, the end first, so that it goes before the beginning, without
+        which it is of no use. Looking a block up takes as long as the memory does, so it is looked up once, and since
+        blocks side by side mostly share one integer, what is made of the last one is made of the next.
+        """
+        table, has, both = self._table, holder.has, holder.both
+        settled: int | None = None
+        marked: int | None = None
+        shared: int | None = None
+        with_use = with_hold = 0
         fresh = []
         for block in blocks:
-            mask = table.get(block, 0)
-            if not mask & has:
+            mask = table.get(block)
+            if mask is None:
+                table[block] = has
                 fresh.append(block)
-            elif mask & both != both:
-                if mask != before:  # blocks side by side share one integer
-                    before, after = mask, mask | both
-                table[block] = after
-        return list(dict.fromkeys(fresh))
-
-    def _add(self, holder: _Holder, fresh: Sequence[int]) -> None:
-        """The end first, so that it goes before the beginning, without which it is of no use."""
-        table, has = self._table, holder.has
-        before, after = 0, has
-        for block in fresh:
-            mask = table.get(block, 0)
-            if mask != before:
-                before, after = mask, mask | has
-            table[block] = after
-        holder.blocks.extend(reversed(fresh))
+            elif mask is marked:
+                table[block] = with_use
+            elif mask is shared:
+                table[block] = with_hold
+                fresh.append(block)
+            elif mask is settled:
+                continue
+            elif not mask & has:
+                shared, with_hold = mask, mask | has
+                table[block] = with_hold
+                fresh.append(block)
+            elif mask & both == both:
+                settled = mask
+            else:
+                marked, with_use = mask, both if mask == has else mask | both
+                table[block] = with_use
+        return fresh
 
     def _make_room(self, holder: _Holder, most: int, keep: AbstractSet[int] = frozenset()) -> None:
         """Forgets until at most `most` blocks are held, none of those to `keep`, which are no more than that."""
-        table, used = self._table, holder.used
-        spared = _SPARED * max(0, len(holder) - most)
-        while len(holder) > most:
-            block = holder.oldest()
+        table, blocks, first, used = self._table, holder.blocks, holder.first, holder.used
+        has, both, others = holder.has, holder.both, ~holder.both
+        left = len(holder)
+        spared = _SPARED * max(0, left - most)
+        while left > most:
+            block = blocks[first]
+            first += 1
+            mask = table[block]
             if block in keep:
-                holder.blocks.append(block)
-            elif spared and table[block] & used:
+                blocks.append(block)
+            elif spared and mask & used:
                 spared -= 1
-                table[block] ^= used
-                holder.blocks.append(block)
+                table[block] = has if mask == both else mask ^ used
+                blocks.append(block)
             else:
-                self._drop(holder, block)
+                left -= 1
+                rest = mask & others
+                if rest:
+                    table[block] = rest
+                else:
+                    del table[block]
+        holder.first = first
+        holder.compact()
 
     def _drop(self, holder: _Holder, block: int) -> None:
-        left = self._table[block] & ~(holder.has | holder.used)
+        left = self._table[block] & ~holder.both
         if left:
             self._table[block] = left
         else:
@@ -234,7 +260,7 @@ class PrefixIndex:
             return False
         for block in holder.blocks[holder.first :]:
             self._drop(holder, block)
-        del self._by_place[holder.place]
+        self._addresses[holder.place] = _FREE
         self._everyone ^= holder.has
         self._level = None
         return True
@@ -273,9 +299,12 @@ class PrefixIndex:
     def _welcome(self, endpoint: Endpoint) -> _Holder:
         """A holder of no blocks, in the lowest place that is free; everybody's share is smaller from now on."""
         self.forget(endpoint.address)
-        place = next(number for number in range(len(self._by_place) + 1) if number not in self._by_place)
+        if _FREE not in self._addresses:
+            self._addresses.append(_FREE)
+        place = self._addresses.index(_FREE)
+        self._addresses[place] = endpoint.address
         room = self._rooms.get(endpoint.address, self._per_endpoint)
-        holder = self._holders[endpoint.address] = self._by_place[place] = _Holder(endpoint, place, room)
+        holder = self._holders[endpoint.address] = _Holder(endpoint, place, room)
         self._everyone |= holder.has
         self._level = None
         self._trim()

@@ -19,6 +19,7 @@ from envoy_extproc.scheduling.interfaces import (
     Scorer,
     Scores,
 )
+from envoy_extproc.scheduling.roster import names_of_others
 from envoy_extproc.scheduling.scorers import spread
 
 
@@ -121,9 +122,7 @@ class Profile:
         for step in self._filters:
             left = step.filter(request, candidates)
             if len(left) != len(candidates):
-                kept = set(map(id, left))
-                gone = [each.endpoint.name for each in candidates if id(each) not in kept]
-                filtered.append((step.name, tuple(gone)))
+                filtered.append((step.name, names_of_others(candidates, left)))
             candidates = left
         return candidates, tuple(filtered)
 
@@ -171,8 +170,15 @@ def totals(scores: Sequence[Scores], count: int) -> Sequence[float]:
     """The weighted mean of all scores, for each of `count` candidates."""
     if len(scores) == 1:
         return scores[0].values
-    weight = sum([each.weight for each in scores]) or 1.0
-    return [sum([each.weight * each.values[place] for each in scores]) / weight for place in range(count)]
+    whole = sum([each.weight for each in scores]) or 1.0
+    if len(scores) == 2:  # as most mixtures have: once through instead of three times
+        (one, other), (mine, theirs) = [each.values for each in scores], [each.weight for each in scores]
+        return [(mine * a + theirs * b) / whole for a, b in zip(one, other, strict=True)]
+    sums = [0.0] * count
+    for each in scores:
+        weight = each.weight
+        sums = [total + weight * value for total, value in zip(sums, each.values, strict=True)]
+    return [total / whole for total in sums]
 
 
 def tried(ordered: Sequence[Candidate], tries: int) -> tuple[Endpoint, ...]:

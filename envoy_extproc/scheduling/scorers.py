@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from envoy_extproc.scheduling import lora
 from envoy_extproc.scheduling.interfaces import Candidate, MissingDataError, SchedulingRequest
+from envoy_extproc.scheduling.roster import in_flight
 
 _QUEUE_THAT_IS_FULL = 5.0
 _CACHE_THAT_IS_FULL = 0.8
@@ -22,11 +23,12 @@ class LeastRequestScorer:
 
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[float]:
         """See `Scorer`."""
-        counts = [candidate.in_flight for candidate in candidates]
+        counts = in_flight(candidates)
         low, high = min(counts), max(counts)
         if low == high:
             return [1.0] * len(counts)
-        return [(high - count) / (high - low) for count in counts]
+        score = {count: (high - count) / (high - low) for count in set(counts)}  # few of them are different
+        return [score[count] for count in counts]
 
 
 class LeastKvCacheScorer:
@@ -104,6 +106,8 @@ def spread(values: Sequence[float]) -> Sequence[float]:
     width = high - low
     if width <= 0:
         return [1.0] * len(values)
+    if low == 0.0 and width == 1.0:
+        return values
     return [(value - low) / width for value in values]
 
 

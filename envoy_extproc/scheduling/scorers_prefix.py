@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from envoy_extproc.scheduling.interfaces import Candidate, MissingDataError, SchedulingRequest
 from envoy_extproc.scheduling.prefix import PrefixIndex
+from envoy_extproc.scheduling.roster import in_flight, without
 
 NO_PROMPT = "no-prompt"
 """The request has no prompt that can be read, or one shorter than a block."""
@@ -66,13 +67,13 @@ class PrefixLoadFilter:
         matched = self._index.match(blocks)
         if not matched:
             return candidates
-        counts = [candidate.in_flight for candidate in candidates]
+        counts = in_flight(candidates)
         bound = self._bound * (sum(counts) + 1) / len(counts)
-        if max(counts) <= bound:
-            return candidates
-        worth = _AHEAD / len(blocks)
-        return [
-            candidate
-            for candidate, count in zip(candidates, counts, strict=True)
-            if count <= bound or count <= bound + worth * matched.get(candidate.endpoint.address, 0)
+        busy = [place for place, count in enumerate(counts) if count > bound]
+        each = _AHEAD / len(blocks)
+        gone = [
+            place
+            for place in busy
+            if counts[place] > bound + each * matched.get(candidates[place].endpoint.address, 0)
         ]
+        return without(candidates, gone) if gone else candidates

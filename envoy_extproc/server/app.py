@@ -149,10 +149,13 @@ class App:
             profiles=policies,
             rules=configured.rules(self._settings),
             in_flight=self._in_flight.count,
+            counts=self._in_flight.counts,
             states=self._scraper.states,
             rng=random.Random(),  # noqa: S311  breaks ties
             avoided=self._breakers.avoided,
+            doubted=self._breakers.doubted,
             fresher=self._load_reports.fresher,
+            reports=self._load_reports.latest,
             chosen=self._scraper.hurry,
             fairness=self._fairness,
             prompts=self._prompts,

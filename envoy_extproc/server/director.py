@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import msgspec
@@ -19,18 +19,17 @@ from envoy_extproc.scheduling.interfaces import Candidate, Decision, SchedulingR
 from envoy_extproc.scheduling.pool import left_out, pool
 from envoy_extproc.scheduling.registry import Policies
 from envoy_extproc.scheduling.scorers_prefix import PrefixCacheScorer
+from envoy_extproc.server.candidates import UNKNOWN, Candidates, Sources
 from envoy_extproc.server.model_configs import ModelConfigs
 from envoy_extproc.state.fairness import Fairness
 from envoy_extproc.state.prompts import Prompts
 
-_UNKNOWN = EngineState()
-
-_MISSED_SCRAPES = 2.5
-"""Intervals after which what an engine said is old: one scrape may fail, and the next be late."""
-
 _LOOK_SECONDS = 2.0
 """Between two looks at all engines, for adapters and for what they say of their caches. A new adapter is routed by load until
 then, which is no mistake; an engine that begins anew takes longer to load its model."""
+
+_FEW = 3
+"""One in so many endpoints of a model: to join a candidate anew takes as long as to see that three have not changed."""
 
 
 class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,10 +63,13 @@ class Director:
         profiles: the policies.
         rules: what the operator says.
         in_flight: exchanges on an address now.
+        counts: the same by address, always the same object, those at 0 left out; None where it is not at hand.
         states: what the scraper knows, by address.
         rng: breaks ties.
         avoided: whether the pod at an address failed so lately that another one should be asked.
+        doubted: the addresses for which that can be so now, always the same object; None: any.
         fresher: what the engine at an address last said, in an answer or in the scrape that is given.
+        reports: what that goes by, by address, likewise; None: nothing that could be told.
         chosen: is told the address of every endpoint that is chosen.
         fairness: what each user has been served.
         prompts: those under way, of the index that `profiles` go by; None makes them.
@@ -85,8 +87,11 @@ class Director:
         in_flight: Callable[[str], int],
         states: Mapping[str, EngineState],
         rng: random.Random,
-        avoided: Callable[[str, float], bool] = lambda _address, _now: False,
-        fresher: Callable[[str, EngineStats | None], EngineStats | None] = lambda _address, scraped: scraped,
+        counts: Mapping[str, int] | None = None,
+        avoided: Callable[[str, float], bool] | None = None,
+        doubted: Collection[str] | None = None,
+        fresher: Callable[[str, EngineStats | None], EngineStats | None] | None = None,
+        reports: Mapping[str, object] | None = None,
         chosen: Callable[[str], None] = lambda _address: None,
         fairness: Fairness | None = None,
         prompts: Prompts | None = None,
@@ -96,11 +101,19 @@ class Director:
         self.decisions: deque[tuple[float, SchedulingRequest, Decision]] = deque(maxlen=remember)
         self._profiles = profiles
         self._rules = rules
-        self._in_flight = in_flight
         self._states = states
+        self._sources = Sources(
+            in_flight=in_flight,
+            counts=counts,
+            states=states,
+            max_age=rules.max_stats_age,
+            avoided=avoided,
+            doubted=doubted,
+            fresher=fresher,
+            reports=reports,
+        )
+        self._candidates = Candidates(self._sources)
         self._rng = rng
-        self._avoided = avoided
-        self._fresher = fresher
         self._chosen = chosen
         self._fairness = fairness
         self._prompts = Prompts(profiles.prefixes) if prompts is None else prompts
@@ -112,6 +125,7 @@ class Director:
     def update(self, snapshot: Snapshot) -> None:
         """Decides among the endpoints of `snapshot` from now on; policies forget models that nobody serves any more."""
         self.snapshot = snapshot
+        self._candidates.forget()
         self._configs.update(snapshot)
         self._named = self._names()
         self._profiles.keep_models(snapshot.by_model.keys())
@@ -208,27 +222,17 @@ class Director:
 
     def candidates(self, endpoints: Sequence[Endpoint], now: float) -> list[Candidate]:
         """The endpoints as they are at `now`."""
-        states, in_flight, patience = self._states, self._in_flight, self._rules.max_stats_age
-        avoided, fresher = self._avoided, self._fresher
-        joined = []
-        for endpoint in endpoints:
-            address = endpoint.address
-            state = states.get(address, _UNKNOWN)
-            scraped = state.stats
-            if scraped is not None and now - scraped.at > patience:
-                scraped = _fresh(scraped, state, now, patience)
-            stats = fresher(address, scraped)
-            if stats is not scraped:
-                stats = _fresh(stats, state, now, patience)
-            reachable = state.reachable and not avoided(address, now)
-            joined.append(Candidate(endpoint, in_flight(address), stats, reachable))
-        return joined
+        return self._candidates.of(endpoints, now)
 
     def observed(self, now: float) -> list[tuple[Candidate, EngineState, bool]]:
         """Every endpoint, what the scraper knows of it, and whether requests to it failed lately."""
         endpoints = self.snapshot.endpoints
         return [
-            (candidate, self._states.get(endpoint.address, _UNKNOWN), self._avoided(endpoint.address, now))
+            (
+                candidate,
+                self._states.get(endpoint.address, UNKNOWN),
+                self._sources.is_avoided(endpoint.address, now),
+            )
             for endpoint, candidate in zip(endpoints, self.candidates(endpoints, now), strict=True)
         ]
 
@@ -240,7 +244,7 @@ class Director:
         blocks = index.blocks(request)
         if not blocks:
             return decision
-        (share,) = index.shares(request, [decision.chosen])
+        share = index.match(blocks).get(decision.chosen.endpoint.address, 0) / len(blocks)
         ticket = self._prompts.sent(blocks, decision.chosen.endpoint, share, now, decision.ticket)
         chosen = msgspec.structs.replace(decision.chosen, prefix_match=share)
         return msgspec.structs.replace(decision, chosen=chosen, ticket=ticket)
@@ -256,7 +260,7 @@ class Director:
         assert request.user is not None
         return self._fairness.charge(request.user, request.prompt_tokens, request.max_output_tokens, now)
 
-    def _join(self, request: SchedulingRequest, now: float) -> tuple[SchedulingRequest, list[Candidate]]:
+    def _join(self, request: SchedulingRequest, now: float) -> tuple[SchedulingRequest, Sequence[Candidate]]:
         endpoints = pool(self.snapshot, request, allow_pinning=self._rules.allow_pinning)
         if now >= self._look_again:
             self._look_again = now + _LOOK_SECONDS
@@ -267,11 +271,15 @@ class Director:
         if request.user is not None and self._fairness is not None:
             standing = self._fairness.standing(request.user, now)
             request = msgspec.structs.replace(request, standing=standing)
-        return request, self.candidates(endpoints, now)
+        return request, self._joined(endpoints, request.model, now)
 
-
-def _fresh(stats: EngineStats | None, state: EngineState, now: float, patience: float) -> EngineStats | None:
-    if stats is None:
-        return None
-    age = now - stats.at
-    return stats if age <= patience or age <= _MISSED_SCRAPES * state.interval else None
+    def _joined(self, endpoints: Sequence[Endpoint], model: str | None, now: float) -> Sequence[Candidate]:
+        """`endpoints` as they are now: a few by themselves, most of the model's out of all of them."""
+        snapshot = self.snapshot
+        whole = snapshot.endpoints if model is None else snapshot.by_model[model]
+        if _FEW * len(endpoints) < len(whole):
+            return self._candidates.of(endpoints, now)
+        roster = self._candidates.roster(whole, now)
+        if endpoints is whole:
+            return roster
+        return roster.only([endpoint.address for endpoint in endpoints])

@@ -311,6 +311,9 @@ class Breakers:
         rules: what the operator says.
         jitter: see `Breaker`.
         clock: monotonic seconds, the same as of `avoided`.
+
+    Attributes:
+        doubted: the addresses whose breaker is not closed, or was not when it was looked at last; always the same object.
     """
 
     def __init__(
@@ -320,6 +323,7 @@ class Breakers:
         jitter: Callable[[], float] = lambda: 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.doubted: set[str] = set()
         self._rules = rules
         self._jitter = jitter
         self._clock = clock
@@ -334,6 +338,7 @@ class Breakers:
             endpoint = self._endpoints.get(address)
             if endpoint is None or endpoint.name != before[address].name:
                 del self._breakers[address]
+                self.doubted.discard(address)
         for name in self._openings.keys() - {endpoint.name for endpoint in snapshot.endpoints}:
             del self._openings[name]
 
@@ -386,6 +391,7 @@ class Breakers:
     def _teller(self, endpoint: Endpoint) -> Moved:
         def moved(state: State, news: News, seconds: float) -> None:
             who = {"endpoint": endpoint.name, "address": endpoint.address}
+            (self.doubted.discard if state is State.CLOSED else self.doubted.add)(endpoint.address)
             if state is State.OPEN:
                 self._openings.setdefault(endpoint.name, Counter())[news.value] += 1
                 log.warning("breaker_open", **who, reason=news.value, seconds=round(seconds, 3))

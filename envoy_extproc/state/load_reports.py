@@ -30,11 +30,16 @@ class _Told:
 
 
 class LoadReports:
-    """The last report of each endpoint there is. Times are monotonic seconds of one clock, the scraper's."""
+    """The last report of each endpoint there is. Times are monotonic seconds of one clock, the scraper's.
 
-    __slots__ = ("_endpoints", "_told")
+    Attributes:
+        latest: when each said something last, by address; always the same object.
+    """
+
+    __slots__ = ("_endpoints", "_told", "latest")
 
     def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
         self._endpoints: Mapping[str, Endpoint] = {}
         self._told: dict[str, _Told] = {}
 
@@ -46,6 +51,8 @@ class LoadReports:
             for address, told in self._told.items()
             if address in self._endpoints and told.is_of(self._endpoints[address])
         }
+        for address in self.latest.keys() - self._told.keys():
+            del self.latest[address]
 
     def note(self, address: str, report: LoadReport, at: float) -> None:
         """The engine at `address` said this in an answer whose headers came at `at`.
@@ -61,6 +68,7 @@ class LoadReports:
             told = self._told[address] = _Told(endpoint)
         if at > told.at:
             told.report, told.at, told.scraped = report, at, None
+            self.latest[address] = at
             told.joined = stats_of(report, at, None)
 
     def fresher(self, address: str, scraped: EngineStats | None) -> EngineStats | None:

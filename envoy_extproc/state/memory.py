@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 from envoy_extproc.endpoints import Endpoint
@@ -49,6 +50,11 @@ class InFlight:
     def count(self, address: str) -> int:
         """Exchanges on an address now."""
         return self._by_address.get(address, 0)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Exchanges by address, a live view of those that have any."""
+        return MappingProxyType(self._by_address)
 
     @property
     def total(self) -> int:

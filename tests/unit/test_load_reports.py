@@ -144,3 +144,16 @@ def test_rates_of_endpoints_that_left_are_forgotten() -> None:
     assert known.add(endpoint(3).address, 1.0) == pytest.approx(0.1)
     known.update(Snapshot([ONE, TWO]))
     assert known.add(ONE.address, 1.0) == pytest.approx(0.1)
+
+
+def test_when_each_said_something_last() -> None:
+    known = LoadReports()
+    latest = known.latest
+    known.update(Snapshot([ONE, TWO]))
+    known.note(ONE.address, BUSY, 5.0)
+    known.note(TWO.address, BUSY, 6.0)
+    known.note(TWO.address, IDLE, 4.0)  # came late
+    assert latest == {ONE.address: 5.0, TWO.address: 6.0}
+    known.update(Snapshot([ONE]))
+    assert known.latest is latest
+    assert latest == {ONE.address: 5.0}
