@@ -18,7 +18,7 @@ is lost by rounding to its blocks, is far less. It takes sixteen answers, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
 from envoy_extproc.endpoints import EngineState, EngineStats
@@ -104,15 +104,17 @@ class Caches:
         seen = self._seen
         for address, state in states.items():
             before = seen.get(address)
-            if state is before:
-                continue
-            seen[address] = state
-            self._news(address, before, state)
-        if len(seen) > len(states):
-            self._seen = {address: state for address, state in seen.items() if address in states}
-            self._promises = {
-                address: promise for address, promise in self._promises.items() if address in states
-            }
+            if state is not before:
+                seen[address] = state
+                if before is None or not _as_it_was(before, state) or address in self._promises:
+                    self._news(address, before, state)
+
+    def keep(self, addresses: Collection[str]) -> None:
+        """Lets go of what is known of others than these: who comes back is new."""
+        self._seen = {address: state for address, state in self._seen.items() if address in addresses}
+        self._promises = {
+            address: promise for address, promise in self._promises.items() if address in addresses
+        }
 
     def promise(self, address: str, tokens: float, began: float, now: float) -> None:
         """The engine at `address` has answered, and should have found `tokens` of the prompt in its cache.
@@ -134,6 +136,19 @@ class Caches:
         if reason is not None and self._index.forget(address):
             self.forgotten[reason] += 1
         self._index.fit(address, None if stats is None else stats.kv_cache_tokens)
+
+
+def _as_it_was(before: EngineState, now: EngineState) -> bool:
+    """Whether nothing is said of the cache but what was said before: that of most engines, most of the time."""
+    then, stats = before.stats, now.stats
+    return (
+        now.reachable
+        and stats is not None
+        and then is not None
+        and stats.life == then.life
+        and stats.kv_cache_tokens == then.kv_cache_tokens
+        and stats.prefix_cache_hit_rate is not None
+    )
 
 
 def _loss(before: EngineState, now: EngineState) -> Reason | None:

@@ -284,9 +284,10 @@ class App:
                 await self._health.set_ready(True)
 
     async def _follow_adapters(self) -> None:
-        """Adapters come and go in a pod without a word from discovery."""
+        """Adapters come and go in a pod without a word from discovery; so does what its cache holds."""
         while True:
             await asyncio.sleep(_ADAPTERS_SECONDS)
+            self._director.look(time.monotonic())
             snapshot = self._catalogue.with_adapters(self._discovered)
             if snapshot != self._director.snapshot:
                 log.info("adapters", models=list(snapshot.models))

@@ -25,8 +25,8 @@ from envoy_extproc.state.fairness import Fairness
 from envoy_extproc.state.prompts import Prompts
 
 _LOOK_SECONDS = 2.0
-"""Between two looks at all engines, for adapters and for what they say of their caches. A new adapter is routed by load until
-then, which is no mistake; an engine that begins anew takes longer to load its model."""
+"""Between two looks at all engines, at most. A new adapter is routed by load until then, which is no mistake; an engine that
+begins anew takes longer to load its model."""
 
 _FEW = 3
 """One in so many endpoints of a model: to join a candidate anew takes as long as to see that three have not changed."""
@@ -129,7 +129,16 @@ class Director:
         self._configs.update(snapshot)
         self._named = self._names()
         self._profiles.keep_models(snapshot.by_model.keys())
-        self._profiles.prefixes.keep(snapshot.by_address)
+        self._prompts.keep(snapshot.by_address)
+
+    def look(self, now: float) -> None:
+        """Looks at all engines, for adapters and for what they say of their caches.
+
+        A decision does so by itself where nobody has for 2 seconds; in a large fleet that takes as long as the decision.
+        """
+        self._look_again = now + _LOOK_SECONDS
+        self._adapters = lora.adapters(self._states.values())
+        self._prompts.look(self._states)
 
     def lookup(self, address: str) -> Endpoint | None:
         """The endpoint of an address; None if discovery does not know it."""
@@ -263,9 +272,7 @@ class Director:
     def _join(self, request: SchedulingRequest, now: float) -> tuple[SchedulingRequest, Sequence[Candidate]]:
         endpoints = pool(self.snapshot, request, allow_pinning=self._rules.allow_pinning)
         if now >= self._look_again:
-            self._look_again = now + _LOOK_SECONDS
-            self._adapters = lora.adapters(self._states.values())
-            self._prompts.look(self._states)
+            self.look(now)
         if request.model in self._adapters:
             request = msgspec.structs.replace(request, adapter=True)
         if request.user is not None and self._fairness is not None:

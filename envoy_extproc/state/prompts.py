@@ -74,6 +74,11 @@ class Prompts:
         """Learns from what the scraper knows of each address now."""
         self.caches.look(states)
 
+    def keep(self, endpoints: Mapping[str, Endpoint]) -> None:
+        """These, by address, are the endpoints from now on; others are forgotten."""
+        self._index.keep(endpoints)
+        self.caches.keep(endpoints)
+
     def sent(
         self, blocks: Sequence[int], endpoint: Endpoint, share: float, at: float, ticket: str | None = None
     ) -> str:

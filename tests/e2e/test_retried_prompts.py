@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -81,3 +82,14 @@ async def test_what_was_matched_is_counted(gateway: Gateway, http: aiohttp.Clien
     tokens = "envoy_extproc_prefix_prompt_tokens_total"
     assert 0 < await gateway.metric(tokens, part="matched") < await gateway.metric(tokens, part="all")
     assert await gateway.metric("envoy_extproc_prefix_blocks") > 0
+
+
+async def test_as_much_is_remembered_as_the_engine_has_room_for(
+    gateway: Gateway, http: aiohttp.ClientSession
+) -> None:
+    pod = (await ask(gateway, http, FULL, f"{new_id()} " * 40))["pod"]
+    options = gateway.engines[pod].options
+    room = min(31_250, options.kv_blocks * options.block_size // 64)
+    async with asyncio.timeout(5):
+        while await gateway.metric("envoy_extproc_prefix_blocks_limit", endpoint=pod) != room:
+            await asyncio.sleep(0.1)

@@ -201,7 +201,17 @@ def test_what_an_engine_promised_in_another_life_does_not_count() -> None:
 def test_promises_of_those_who_left_are_let_go() -> None:
     engine = watched()
     engine.caches.look({B: FULL})
+    engine.caches.keep([B])
     assert not engine.caches._promises
     engine.answers(16)
     assert not engine.caches._promises
     assert engine.caches._seen == {B: FULL}
+
+
+def test_an_endpoint_that_comes_back_is_told_its_room_again() -> None:
+    index, caches = taught()
+    for _ in range(2):
+        caches.look({A: state(kv_cache_tokens=300.0, prefix_cache_hit_rate=0.5)})
+        assert index.limit(A) == 30
+        index.keep({})
+        caches.keep({})
