@@ -117,12 +117,17 @@ class Call:
         return reply
 
     async def decide(self, clock: Callable[[], float]) -> Continue | Respond | None:
-        """Counts the prompt of the request that is uncounted, and performs what waited for it."""
+        """Counts the prompt of the request that is uncounted, and performs what waited for it, if anybody still waits for that.
+
+        The conversation may outlive its stream: decided about then, the request would be in flight for ever.
+        """
         request, self.uncounted = self.uncounted, None
         counter = self._parts.counter
         assert request is not None
         assert counter is not None
         counted = await counter.counted(request)
+        if self.exchange.state is State.CLOSED:
+            return None
         return self.receive(self._schedule(counted, clock()))
 
     def _perform(self, command: Command, at: float) -> Continue | Respond | None:

@@ -761,12 +761,14 @@ async def test_a_client_that_leaves_while_its_prompt_is_counted(how: str, lua: i
         await until(lambda: len(slow.asked) == 1)
         if how == "cancel":
             stream.cancel()
+            await until(lambda: served.processor.live == 0)
         else:
             await stream.done_writing()
-            slow.answer.set_result(7)
+        slow.answer.set_result(7)
         await until(lambda: served.processor.live == 0)
-        assert served.in_flight.total == 0
         await asyncio.sleep(0.05)
+        assert served.in_flight.total == 0
+        assert len(served.told.decisions) == (0 if how == "cancel" else 1)
         assert (len(served.told.reports), lane.ended) == ((1, 0) if lua is None else (0, 1))
         if lua is None and how == "cancel":
             assert (served.told.reports[0].outcome, served.told.reports[0].routing) == ("aborted", None)
