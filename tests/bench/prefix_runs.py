@@ -9,12 +9,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import aiohttp
 import msgspec
 
 from envoy_extproc.simulation.options import EngineOptions
+from envoy_extproc.simulation.requests import read_generation
 from envoy_extproc.simulation.service_time import PREFILL_TOKENS_PER_TTFT
 from envoy_extproc.simulation.stack import Stack
 from tests.bench.prefix_client import Answer, Job
@@ -110,10 +112,11 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         return statistics.quantiles(self.first, n=100, method="inclusive")[percent - 1]
 
 
+@cache
 def capacity(workload: SharedPrefixes) -> float:
     """Prompt tokens of the workload in a second, as a share of what all engines can compute."""
-    arrivals = workload.arrivals(1)
-    tokens = sum(len(each.body) / 4 for each in arrivals) / workload.seconds
+    asked = [read_generation("chat", each.body, ENGINE) for each in workload.arrivals(1)]
+    tokens = sum(prompt.tokens for each in asked for prompt in each.prompts) / workload.seconds
     return tokens * ENGINE.ttft_seconds / PREFILL_TOKENS_PER_TTFT / PODS
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.bench.prefixes             # five minutes
     python -m tests.bench.prefixes --quick     # one
-    python -m tests.bench.prefixes --virtual   # the same requests on the virtual fleet: half a minute, no process but this one
+    python -m tests.bench.prefixes --virtual   # the same requests on the virtual fleet: a minute, no process but this one
     python -m tests.bench.prefixes --publish   # picture and table into docs/ and README.md as well
 
 It never fails for a figure; its status is 1 if an answer was not whole.
@@ -219,6 +219,13 @@ def markdown(figures: Sequence[Figures], swept: Sequence[Figures]) -> Iterator[s
             f"{best[each.case.policy]:g}" if shared else "",
         )
         yield f"| {' | '.join(cells)} |"
+    most = max((percent for each in figures for percent in each.cpu.values()), default=0.0)
+    cores, load = os.cpu_count(), os.getloadavg()[0]
+    yield ""
+    yield (
+        f"Taken on {cores} cores with a load average of {load:.1f} in the end; no process of the bench used more than "
+        f"{most:.0f} % of one core."
+    )
 
 
 def publish(figures: Sequence[Figures], swept: Sequence[Figures], drawn: str) -> None:
