@@ -146,7 +146,8 @@ class Director:
 
     def is_ready(self, address: str, now: float) -> bool:
         """Whether the pod at an address is reachable and did not fail lately, at `now`."""
-        return self._states.get(address, _UNKNOWN).reachable and not self._avoided(address, now)
+        state = self._states.get(address, UNKNOWN)
+        return state.reachable and not self._sources.is_avoided(address, now)
 
     def schedule(self, request: SchedulingRequest, now: float) -> Decision:
         """Where `request` goes at `now`, monotonic seconds.
