@@ -172,6 +172,8 @@ class Director:
         profile.remember(request, decision)
         self.decisions.append((now, kept, decision))
         self._chosen(decision.chosen.endpoint.address)
+        if decision.prefill is not None:
+            self._chosen(decision.prefill.endpoint.address)
         return decision
 
     def explain(self, request: SchedulingRequest, now: float) -> Explanation:

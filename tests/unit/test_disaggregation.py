@@ -307,16 +307,19 @@ def endpoints() -> list[Endpoint]:
 
 
 def test_the_director_sends_pairs() -> None:
+    chosen = list[str]()
     director = Director(
         profiles=registry.build(),
         rules=RoutingRules(policy="pd"),
         in_flight={"10.0.0.1:8000": 0, "10.0.0.2:8000": 3, "10.0.0.3:8000": 1}.__getitem__,
         states={},
         rng=random.Random(1),
+        chosen=chosen.append,
     )
     director.update(Snapshot(endpoints()))
     made = director.schedule(REQUEST, 0.0)
     assert pair(made) == ("pod-1", "pod-3")
+    assert sorted(chosen) == ["10.0.0.1:8000", "10.0.0.3:8000"]  # both have work now
     assert made.decided_by == "pd"
     director.update(Snapshot(endpoints()[:1]))
     with pytest.raises(NoReadyEndpoint):

@@ -268,7 +268,7 @@ def test_a_prefill_pod_that_dies_is_not_chosen_for_long() -> None:
     run.at(2.0, lambda: run.kill("pod-23"))
     run.run(load(60, 5), until=30)
     assert any(_prefill(each) == "pod-23" for each in between(run, 1, 2))
-    assert all(_prefill(each) != "pod-23" for each in between(run, 4.2, 5))
+    assert all(_prefill(each) != "pod-23" for each in between(run, 2.2, 5))
 
 
 def _prefill(each: Exchange) -> str:
@@ -336,6 +336,12 @@ def test_where_all_are_full_nobody_starves(policy: str) -> None:
     shares = [share(found, f"pod-{number:02}") for number in range(1, PODS + 1)]
     assert min(shares) > (0.1 if policy == "throughput" else 0.35)  # which may not see that one is idle
     assert max(shares) < 2
+
+
+def test_prefill_pods_share_evenly() -> None:
+    counts = Counter(_prefill(each) for each in between(overrun("pd"), 1, 4))
+    assert len(counts) == PODS
+    assert max(counts.values()) < 1.3 * counts.total() / PODS
 
 
 # -- one user floods -----------------------------------------------------------------------------------------------
