@@ -83,6 +83,12 @@ class _Promise:
         return broken
 
 
+_AHEAD = 2.0
+"""Tokens remembered for each that a cache has room for. An engine lets blocks go in another order than they are forgotten here.
+A match that is none costs the prefill that any other endpoint would have cost; one that is not seen costs a prefill that
+nobody needed, and a second endpoint's room besides."""
+
+
 class Caches:
     """The caches of all engines, and the index that is to be true to them.
 
@@ -135,7 +141,8 @@ class Caches:
             reason = "unfound"
         if reason is not None and self._index.forget(address):
             self.forgotten[reason] += 1
-        self._index.fit(address, None if stats is None else stats.kv_cache_tokens)
+        room = None if stats is None else stats.kv_cache_tokens
+        self._index.fit(address, None if room is None else _AHEAD * room)
 
 
 def _as_it_was(before: EngineState, now: EngineState) -> bool:

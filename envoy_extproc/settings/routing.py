@@ -66,7 +66,7 @@ class PrefixCache(Section):
     """131,072 tokens; prompts that are alike for so long go to one endpoint whatever comes then."""
     blocks_per_endpoint: int = Field(default=31_250, ge=1, le=100_000_000)
     """2 million tokens: the endpoint picker's bound too. Of an engine that tells how many tokens its KV cache has room for, most
-    often some hundred thousand, no more are remembered: beyond, matches are none."""
+    often some hundred thousand, twice as many are remembered: far beyond, matches are none."""
     max_blocks: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
     """For all endpoints together, in equal shares, and what one has no room for is the others': 86 MB where no two hold the same, 111 MB where four do."""
     seed: int | None = Field(default=None, ge=0, lt=2**64)

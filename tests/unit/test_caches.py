@@ -75,11 +75,11 @@ def test_an_engine_that_was_seen_to_begin_anew_twice_between_two_looks_did_so_on
     assert A in index.held()
 
 
-def test_room_is_what_the_engine_says() -> None:
+def test_room_is_twice_what_the_engine_says() -> None:
     index, caches = taught()
-    caches.look({A: state(kv_cache_tokens=300.0), B: state()})
+    caches.look({A: state(kv_cache_tokens=150.0), B: state()})
     assert (index.held(), index.limit(A), index.limit(B)) == ({A: 30, B: 50}, 30, 100)
-    caches.look({A: state(kv_cache_tokens=900.0), B: state()})
+    caches.look({A: state(kv_cache_tokens=450.0), B: state()})
     assert (index.held(), index.limit(A)) == ({A: 30, B: 50}, 90)
 
 
@@ -211,7 +211,7 @@ def test_promises_of_those_who_left_are_let_go() -> None:
 def test_an_endpoint_that_comes_back_is_told_its_room_again() -> None:
     index, caches = taught()
     for _ in range(2):
-        caches.look({A: state(kv_cache_tokens=300.0, prefix_cache_hit_rate=0.5)})
+        caches.look({A: state(kv_cache_tokens=150.0, prefix_cache_hit_rate=0.5)})
         assert index.limit(A) == 30
         index.keep({})
         caches.keep({})

@@ -582,7 +582,7 @@ def test_a_user_and_a_prompt_have_one_ticket() -> None:
 
 
 def test_an_endpoint_is_remembered_as_far_as_its_engine_has_room() -> None:
-    small = EngineState(stats=EngineStats(at=0.0, kv_cache_tokens=12.0))
+    small = EngineState(stats=EngineStats(at=0.0, kv_cache_tokens=6.0))
     made = director(1, states={endpoint(1).address: small})
     for _ in range(2):
         made.schedule(asking(blocks(8)), 0.0)
