@@ -99,9 +99,7 @@ class Director:
     ) -> None:
         self.snapshot = Snapshot()
         self.decisions: deque[tuple[float, SchedulingRequest, Decision]] = deque(maxlen=remember)
-        self._profiles = profiles
-        self._rules = rules
-        self._states = states
+        self._profiles, self._rules, self._states = profiles, rules, states
         self._sources = Sources(
             in_flight=in_flight,
             counts=counts,

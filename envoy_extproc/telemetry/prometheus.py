@@ -94,10 +94,7 @@ class PrometheusMetrics:
         self._scorers = self._counter("scorer_failures", "Failures of scorers from other packages.", "scorer")
         self._usage = self._counter("usage", "Exchanges, by how their tokens are known.", "usage_source")
         self._prefix_tokens = self._counter(
-            "prefix_prompt_tokens",
-            "Prompt tokens of requests that went by prefixes: all, and those thought to be in the chosen endpoint's cache.",
-            "model",
-            "part",
+            "prefix_prompt_tokens", "Prompt tokens that went by prefixes: all, and matched.", "model", "part"
         )
         self._bypassed = self._counter("bypassed_requests", "Requests Envoy served without this server.")
         self._retries = self._counter("retries", "Pods asked in vain before another one answered.", "model")
