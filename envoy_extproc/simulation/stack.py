@@ -175,12 +175,7 @@ class Stack:
 
     async def _start_envoy(self) -> None:
         bootstrap = self._directory / "envoy.yaml"
-        printed = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "envoy_extproc", "config", "envoy", "-c", str(self.config_file())),
-            stdout=asyncio.subprocess.PIPE,
-        )
-        text, _ = await printed.communicate()
-        bootstrap.write_text(self._edit(text.decode()), encoding="utf-8")
+        bootstrap.write_text(self._edit(await self._printed()), encoding="utf-8")
         with self._log("envoy").open("ab") as log:
             self.envoy = await asyncio.create_subprocess_exec(
                 *(str(envoy_binary()), "-c", str(bootstrap), "--concurrency", str(self._workers)),
@@ -189,6 +184,15 @@ class Stack:
                 stderr=log,
             )
         await self._ready(f"{self.envoy_admin_url}/ready", self.envoy, "envoy")
+
+    async def _printed(self) -> str:
+        """The bootstrap for the configuration, as `config envoy` prints it."""
+        printed = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "envoy_extproc", "config", "envoy", "-c", str(self.config_file())),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        text, _ = await printed.communicate()
+        return text.decode()
 
     async def _ready(self, url: str, process: asyncio.subprocess.Process | None, name: str) -> None:
         assert process is not None

@@ -84,12 +84,12 @@ async def test_what_was_matched_is_counted(gateway: Gateway, http: aiohttp.Clien
     assert await gateway.metric("envoy_extproc_prefix_blocks") > 0
 
 
-async def test_as_much_is_remembered_as_the_engine_has_room_for(
+async def test_twice_as_much_is_remembered_as_the_engine_has_room_for(
     gateway: Gateway, http: aiohttp.ClientSession
 ) -> None:
     pod = (await ask(gateway, http, FULL, f"{new_id()} " * 40))["pod"]
     options = gateway.engines[pod].options
-    room = min(31_250, options.kv_blocks * options.block_size // 64)
+    room = min(31_250, 2 * options.kv_blocks * options.block_size // 64)
     async with asyncio.timeout(5):
         while await gateway.metric("envoy_extproc_prefix_blocks_limit", endpoint=pod) != room:
             await asyncio.sleep(0.1)

@@ -39,7 +39,9 @@ async def test_stopping_does_not_wait_for_envoys_access_log(directory: Path) -> 
             assert await process.wait() == 0
         seconds = clock() - began
         print(f"stopped after {seconds:.2f} s")
-        assert seconds < 2.5  # with the grace for streams that do not end it would be more than 5
+        assert (
+            seconds < 5
+        )  # with the grace for streams that do not end it would be more than 6.5: 1.5 s to linger, 5 s of grace
 
 
 async def test_endpoints_that_come_while_draining_make_nobody_ready(directory: Path) -> None:
