@@ -18,12 +18,12 @@ all go to one engine. A rate an engine does not tell is the mean of the others':
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import msgspec
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from envoy_extproc.endpoints import EngineStats
 from envoy_extproc.scheduling.interfaces import Candidate, MissingDataError, SchedulingRequest
+from envoy_extproc.scheduling.roster import in_flight
 from envoy_extproc.scheduling.scorers import known
 
 _PROMPT = 10.0
@@ -34,6 +34,9 @@ _MOST_TOKENS = 10**9
 _MOST_SECONDS = 1e12
 """A client may write any number, an engine divide by next to nothing; up to these, sums and products stay finite."""
 
+_SPARE = 4096
+"""Engines whose figures are kept beyond those of one decision's candidates: another model has others."""
+
 
 class LeastLatencyScorer:
     """The shortest expected time over a candidate's own, so 1 for the shortest; the module says how it is expected.
@@ -43,83 +46,118 @@ class LeastLatencyScorer:
 
     name = "least-latency"
 
+    def __init__(self) -> None:
+        self._figures = Figures()
+
     def score(self, request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[float]:
         """See `Scorer`."""
-        seconds = expected_seconds(request, candidates)
+        seconds = expected_seconds(request, candidates, self._figures)
         heard = [each for each in seconds if each is not None]
         low, worst = min(heard), max(heard)
-        return [_share(low, worst if each is None else each) for each in seconds]
+        if len(heard) < len(seconds):
+            heard = [worst if each is None else each for each in seconds]
+        return [1.0 if mine <= low else low / mine for mine in heard]
 
 
-class _Rates(msgspec.Struct, frozen=True):
-    """Seconds per token of one engine; None where it does not tell."""
+_Row: TypeAlias = tuple[
+    EngineStats | None, float | None, float | None, float | None, float | None, float, float, float, float
+]
+"""What an engine tells, whatever the request: (stats, prefill, decode, prompt, output, running, waiting, turn, slots).
 
-    prefill: float | None
-    decode: float | None
+prefill and decode are seconds per token, prompt and output tokens per request, each None where it does not tell. In every
+`turn` seconds the batch lets `slots` requests in. Where `turn` is 0 it is what the request itself takes; where `slots` is 0
+nobody can say, and `turn` is the whole wait.
+"""
+
+_UNHEARD: _Row = (None, None, None, None, None, 0.0, 0.0, 0.0, 0.0)
 
 
-def expected_seconds(request: SchedulingRequest, candidates: Sequence[Candidate]) -> Sequence[float | None]:
+class Figures:
+    """Remembers what stats come to: they never change, and most are there for many decisions."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, _Row] = {}  # by the id of the stats, which is theirs while the row holds them
+
+    def of(self, candidates: Iterable[Candidate]) -> Sequence[_Row]:
+        """The row of each candidate."""
+        get, learn = self._rows.get, self._learn
+        rows = [get(id(each.stats)) or learn(each.stats) for each in candidates]
+        if len(self._rows) > len(rows) + _SPARE:
+            self._rows = {id(row[0]): row for row in rows}
+        return rows
+
+    def _learn(self, stats: EngineStats | None) -> _Row:
+        row = self._rows[id(stats)] = _UNHEARD if stats is None else _row(stats)
+        return row
+
+
+def expected_seconds(
+    request: SchedulingRequest, candidates: Sequence[Candidate], figures: Figures | None = None
+) -> Sequence[float | None]:
     """How long `request` will take on each candidate; None for one that has not been heard of.
 
     Raises:
         MissingDataError: no engine tells how quick it is.
     """
-    told = [None if each.stats is None else _rates(each.stats) for each in candidates]
-    prefill = _mean([None if each is None else each.prefill for each in told])
-    decode = _mean([None if each is None else each.decode for each in told])
+    rows = (figures or Figures()).of(candidates)
+    prefill, decode = _mean([row[1] for row in rows]), _mean([row[2] for row in rows])
     if prefill is None and decode is None:
         raise MissingDataError("no-stats")
-    prompt, output = _lengths(request, candidates)
+    lengths = _lengths(request, rows)
+    return _seconds(rows, in_flight(candidates), lengths, (prefill or 0.0, decode or 0.0))
+
+
+def _seconds(
+    rows: Sequence[_Row], sent: Sequence[int], lengths: tuple[float, float], otherwise: tuple[float, float]
+) -> Sequence[float | None]:
+    """The formula; `otherwise` are the rates of an engine that does not tell its own.
+
+    One loop that calls no function of ours: it is gone through for every candidate of every decision.
+    """
+    (prompt, output), (mean_prefill, mean_decode) = lengths, otherwise
     seconds: list[float | None] = []
-    for candidate, rates in zip(candidates, told, strict=True):
-        if candidate.stats is None or rates is None:
-            seconds.append(None)
+    add = seconds.append
+    for (stats, prefill, decode, _, _, running, waiting, turn, slots), count in zip(rows, sent, strict=True):
+        if stats is None:
+            add(None)
             continue
-        own = prompt * _or(rates.prefill, prefill) + output * _or(rates.decode, decode)
-        seconds.append(min(own + _queue(candidate.stats, candidate.in_flight, own), _MOST_SECONDS))
+        own = prompt * (mean_prefill if prefill is None else prefill) + output * (
+            mean_decode if decode is None else decode
+        )
+        unseen = count - running - waiting
+        ahead = waiting + unseen if unseen > 0.0 else waiting
+        queue = (ahead * (turn or own) / slots if slots else turn) if ahead else 0.0
+        whole = own + queue
+        add(whole if whole < _MOST_SECONDS else _MOST_SECONDS)  # noqa: FURB136  `min` takes a third of the loop
     return seconds
 
 
-def _lengths(request: SchedulingRequest, candidates: Sequence[Candidate]) -> tuple[float, float]:
-    heard = [each.stats for each in candidates if each.stats is not None]
-    output = _or(_mean([each.generation_tokens_per_request for each in heard]), None)
+def _lengths(request: SchedulingRequest, rows: Sequence[_Row]) -> tuple[float, float]:
+    output = _mean([row[4] for row in rows]) or 0.0
     if request.max_output_tokens is not None:
         most = float(max(0, min(request.max_output_tokens, _MOST_TOKENS)))
         output = min(most, output or most)
-    prompt = float(min(request.prompt_tokens, _MOST_TOKENS))
+    prompt: float | None = float(min(request.prompt_tokens, _MOST_TOKENS)) or _mean([row[3] for row in rows])
+    return _PROMPT if prompt is None else prompt, output or _OUTPUT
+
+
+def _row(stats: EngineStats) -> _Row:
+    prompt, output = known(stats.prompt_tokens_per_request), known(stats.generation_tokens_per_request)
+    running, prefill, decode = known(stats.running), known(stats.prefill_seconds), known(stats.decode_seconds)
+    queue = known(stats.queue_seconds) or 0.0
+    first, per_token = known(stats.time_to_first_token), known(stats.time_per_output_token)
+    reading = max(0.0, first - queue) if prefill is None and first is not None else prefill
     return (
-        prompt or _or(_mean([each.prompt_tokens_per_request for each in heard]), _PROMPT),
-        output or _OUTPUT,
+        stats,
+        _ratio(reading, prompt),
+        _ratio(decode, output) if per_token is None else per_token,
+        prompt,
+        output,
+        running or 0.0,
+        known(stats.waiting) or 0.0,
+        queue if running is None else (prefill or 0.0) + (decode or 0.0),
+        0.0 if running is None else max(running, 1.0),
     )
-
-
-def _rates(stats: EngineStats) -> _Rates:
-    prefill = known(stats.prefill_seconds)
-    first = known(stats.time_to_first_token)
-    if prefill is None and first is not None:
-        prefill = max(0.0, first - (known(stats.queue_seconds) or 0.0))
-    decode = known(stats.time_per_output_token)
-    if decode is None:
-        decode = _ratio(known(stats.decode_seconds), known(stats.generation_tokens_per_request))
-    return _Rates(_ratio(prefill, known(stats.prompt_tokens_per_request)), decode)
-
-
-def _queue(stats: EngineStats, in_flight: int, own: float) -> float:
-    """Seconds until the batch lets the request in; `own` is what the request takes in it."""
-    running, waiting = known(stats.running), known(stats.waiting) or 0.0
-    unseen = max(0.0, in_flight - (running or 0.0) - waiting)
-    ahead = waiting + unseen
-    if not ahead:
-        return 0.0
-    if running is None:
-        return known(stats.queue_seconds) or 0.0
-    spent = [known(stats.prefill_seconds), known(stats.decode_seconds)]
-    turn = sum(each for each in spent if each is not None) or own
-    return ahead * turn / max(running, 1.0)
-
-
-def _share(low: float, mine: float) -> float:
-    return 1.0 if mine <= low else low / mine
 
 
 def _ratio(whole: float | None, parts: float | None) -> float | None:
@@ -127,9 +165,5 @@ def _ratio(whole: float | None, parts: float | None) -> float | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    told = [value for value in map(known, values) if value is not None]
+    told = [value for value in values if value is not None]
     return sum(told) / len(told) if told else None
-
-
-def _or(value: float | None, otherwise: float | None) -> float:
-    return value if value is not None else otherwise or 0.0
