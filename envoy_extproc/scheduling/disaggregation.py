@@ -7,6 +7,7 @@ the sidecar or engine at the destination has it do its part. Both are of one rol
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -157,12 +158,12 @@ def _scores(rolesets: Sequence[_Roleset], prefill: Sequence[float], busiest: flo
 
 def _complete(candidates: Sequence[Candidate]) -> list[_Roleset]:
     """The rolesets that have both roles."""
-    rolesets: dict[str, _Roleset] = {}
+    rolesets: defaultdict[str, _Roleset] = defaultdict(_Roleset)
     for candidate in candidates:
         labels = candidate.endpoint.labels
         role = labels.get(_ROLES[0]) or labels.get(_ROLES[1])
         if role in ("prefill", "decode") and labels.get(_GROUP_INDEX, "0") == "0":
-            roleset = rolesets.setdefault(labels.get(_ROLESET, ""), _Roleset())
+            roleset = rolesets[labels.get(_ROLESET, "")]
             (roleset.prefill if role == "prefill" else roleset.decode).append(candidate)
     return [each for each in rolesets.values() if each.prefill and each.decode]
 
