@@ -16,7 +16,7 @@ demo: $(RUN) ## real Envoy, simulated engines, the server: sample traffic, shown
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/envoy-extproc demo $(if $(ONCE),--once)
 
 test: $(DEV) ## unit, property and end-to-end tests, with branch coverage
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(DEV) ## format, rules, types, layers, generated code
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import aiohttp
 import yaml
 
 _LOOPBACK = "127.0.0.1"
+_FIRST_PORT, _LAST_PORT, _PORT_TRIES = 15_000, 32_000, 100
 _START_SECONDS = 20.0  # a cold start of Python and Envoy on a busy machine takes two
 _STOP_SECONDS = 10.0
 
@@ -40,11 +42,23 @@ def envoy_binary() -> Path:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback interface that nobody listens on now.
+
+    It lies below those from which systems take ports for connections (32768 on Linux): one of them can be taken in the moment
+    before somebody listens.
+
+    Raises:
+        StackError: there is none.
+    """
+    for _ in range(_PORT_TRIES):
+        port = _FIRST_PORT + secrets.randbelow(_LAST_PORT - _FIRST_PORT)
+        with socket.socket() as probe:
+            try:
+                probe.bind((_LOOPBACK, port))
+            except OSError:
+                continue
+            return port
+    raise StackError(f"no port between {_FIRST_PORT} and {_LAST_PORT} is free")
 
 
 class Stack:
