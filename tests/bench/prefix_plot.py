@@ -59,7 +59,7 @@ def _legend(colours: Mapping[str, str]) -> Iterator[str]:
 
 
 def _bars(hits: Mapping[str, float], colours: Mapping[str, str], rate: float) -> Iterator[str]:
-    yield _text(24, 54, f"Prompt tokens found in caches, {rate:g} requests/s", weight=600, anchor="start")
+    yield _text(24, 54, f"Prompt tokens cached, {rate:g} requests/s", weight=600, anchor="start")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = _GROUND - share * (_GROUND - _TOP)
         yield _line(_BARS - 8, y, _BARS + len(hits) * _STEP, y, 0.8 if share == 0 else 0.25)
@@ -72,16 +72,16 @@ def _bars(hits: Mapping[str, float], colours: Mapping[str, str], rate: float) ->
 
 
 def _axes(most: float) -> Iterator[str]:
-    title = "Seconds to the first token, 95th percentile"
+    title = "Seconds to the first token, p95"
     yield _text(_LEFT - 34, 54, title, weight=600, anchor="start")
-    yield _text(_RIGHT, 54, "lines: simulated, dots: through Envoy", anchor="end")
+    yield _text(_RIGHT, _GROUND + 40, "lines: simulated, dots: through Envoy", anchor="end")
     for seconds in _SECONDS:
         y = _y(seconds)
         yield _line(_LEFT, y, _RIGHT, y, 0.8 if seconds == _SECONDS[0] else 0.25)
         yield _text(_LEFT - 6, y + 4, f"{seconds:g}", anchor="end")
     for rate in range(0, int(most) + 1, 16):
         yield _text(_x(rate, most), _GROUND + 18, str(rate))
-    yield _text((_LEFT + _RIGHT) / 2, _GROUND + 40, "requests/s")
+    yield _text(_LEFT, _GROUND + 40, "requests/s", anchor="start")
 
 
 def _lines(
