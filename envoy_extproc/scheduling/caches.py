@@ -83,7 +83,7 @@ class _Promise:
         return broken
 
 
-_AHEAD = 2.0
+_REMEMBERED = 2.0
 """Tokens remembered for each that a cache has room for. An engine lets blocks go in another order than they are forgotten here.
 A match that is none costs the prefill that any other endpoint would have cost; one that is not seen costs a prefill that
 nobody needed, and a second endpoint's room besides."""
@@ -142,7 +142,7 @@ class Caches:
         if reason is not None and self._index.forget(address):
             self.forgotten[reason] += 1
         room = None if stats is None else stats.kv_cache_tokens
-        self._index.fit(address, None if room is None else _AHEAD * room)
+        self._index.fit(address, None if room is None else _REMEMBERED * room)
 
 
 def _as_it_was(before: EngineState, now: EngineState) -> bool:

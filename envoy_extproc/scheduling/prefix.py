@@ -1,8 +1,8 @@
 """Which endpoint holds the KV cache of which prompts, as far as that can be told from what was sent there.
 
 An engine that was sent a prompt holds its blocks until others push them out. So each endpoint is remembered with the blocks
-(`openai.prompt`) of the prompts it was sent, as many as its cache has room for; behind that the ones go that were not asked for
-again since they had their last chance (CLOCK; Corbató 1968), the end of a prompt before its beginning, as vLLM frees
+(`openai.prompt`) of the prompts it was sent, as many as it is given room for (`caches`); behind that the ones go that were not
+asked for again since they had their last chance (CLOCK; Corbató 1968), the end of a prompt before its beginning, as vLLM frees
 them. It is a guess: an engine may have freed a block earlier, or hold more than is remembered here. What it generates is in
 its cache as well; that is not remembered, but comes back with the conversation's next prompt.
 
@@ -277,7 +277,7 @@ class PrefixIndex:
             self._drop(holder, block)
 
     def fit(self, address: str, tokens: float | None) -> None:
-        """The cache of the engine at `address` has room for so many tokens; None where it does not tell."""
+        """So many tokens are to be remembered of the engine at `address`; None where its cache's size is not known."""
         room = self._per_endpoint
         if tokens is not None and 0 < tokens < room * self.rule.tokens:
             room = max(1, int(tokens // self.rule.tokens))

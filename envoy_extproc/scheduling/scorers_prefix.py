@@ -46,9 +46,10 @@ class PrefixLoadFilter:
 
         in flight > bound * (all in flight + 1) / candidates + 8 * share of the prompt
 
-    The first term is that of consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam 2016). A match is worth being busier by 8 exchanges if it is whole, by 1 if it is an eighth. So a popular prompt goes to another
-    endpoint before the first one melts, which then holds it too; and a system prompt that is a hundredth of every request
-    draws nothing. The idlest candidate is never left out. Where nobody holds any of the prompt nobody is.
+    The first term is that of consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam 2016). A match is
+    worth being busier by 8 exchanges if it is whole, by 1 if it is an eighth. So a popular prompt goes to another endpoint
+    before the first one melts, which then holds it too; and a system prompt that is a hundredth of every request draws
+    nothing. The idlest candidate is never left out. Where nobody holds any of the prompt nobody is.
 
     Args:
         index: who holds what.
