@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import secrets
 import signal
 import socket
@@ -267,14 +266,3 @@ async def _end(process: asyncio.subprocess.Process | None, number: int) -> None:
     except TimeoutError:
         process.send_signal(signal.SIGKILL)
         await process.wait()
-
-
-def cpu_seconds(process: asyncio.subprocess.Process | None) -> float:
-    """CPU a process has used so far, its own and the kernel's for it; 0 where /proc does not tell."""
-    if process is None:
-        return 0.0
-    try:
-        fields = Path(f"/proc/{process.pid}/stat").read_text("utf-8").rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
