@@ -3,11 +3,17 @@
 An entry that carries this server's facts is the report of an exchange in the native lane, whichever replica decided it. An
 entry of a request that reached a pod without having come by here is a bypass: a breaker that is full or a server that is
 down lets requests past, if Envoy fails open; every client then sees 200, nothing is accounted, and nobody would know.
+
+Envoy keeps a log stream with one server until it ends, and what it has sent into a stream that ends is lost: no protocol tells
+it. So a stream is read for as long as Envoy likes. Two things end it here: a server that stops, and another server that has
+heard nothing for long (see `native_lane`). Then it ends right behind a message that was taken as it came, when Envoy has just
+sent what it had and sends again only after its interval; a server that finds its messages waiting reads on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -23,7 +29,8 @@ from envoy_extproc.exchange import native
 from envoy_extproc.exchange.fault import fault_of_details
 from envoy_extproc.exchange.report import Report
 from envoy_extproc.server.native_lane import NativeLane
-from envoy_extproc.server.wire import LUA_METADATA, METADATA, VIA_UPSTREAM, DecodeError
+from envoy_extproc.server.pulse import Pulse
+from envoy_extproc.server.wire import LUA_METADATA, METADATA, PLEA, VIA_UPSTREAM, DecodeError
 
 log = structlog.get_logger()
 
@@ -32,11 +39,17 @@ _QUIET_SECONDS = 60.0  # between two log lines about the same: a flood of reques
 _DEFECT = "{internal_error"
 """What Envoy makes of the message with which the servicer ends a stream after a defect."""
 
-_TURN_SECONDS = 3.0
-"""How long one log stream is read. Envoy opens the next one with the next server, so each hears that the log is wired."""
+_TURN_SECONDS = 2.0
+"""How long a log stream is read at least, though others ask for it, and how long it is between two that are left to them."""
+
+_PATIENCE_SECONDS = 5.0
+"""How long such a stream waits for a message that was taken as it came, before it ends behind any other."""
 
 _LAST_SECONDS = 0.3
 """How long a stream that is to end may be without a message before it is ended without one: three of Envoy's intervals."""
+
+_LAST_TRIES = 5
+"""How often that is put off, by a server that does not come to its work."""
 
 _UNFINISHED = (access_log_pb2.DownstreamStart, access_log_pb2.DownstreamPeriodic)
 """Entries of requests under way, which `access_log_options` can ask Envoy for: the one at the end says it all."""
@@ -80,6 +93,8 @@ class AccessLog:
         self._wall_clock = wall_clock
         self._said: dict[str, float] = {}
         self._readers: set[asyncio.Task[None]] = set()
+        self._pulse = Pulse()
+        self._left = -math.inf
         self._ending = False
 
     def handler(self) -> grpc.GenericRpcHandler[Message, Response]:
@@ -115,26 +130,56 @@ class AccessLog:
         """
         if not self._ending:
             self._ending = True
-            asyncio.get_running_loop().call_later(_LAST_SECONDS, self._cut)
+            self._pulse.start()
+            self._cut_later(_LAST_TRIES)
 
-    def _cut(self) -> None:
+    def _cut_later(self, tries: int) -> None:
+        asyncio.get_running_loop().call_later(_LAST_SECONDS, self._cut, tries)
+
+    def _cut(self, tries: int) -> None:
+        if not self._pulse.prompt and tries:
+            self._cut_later(tries - 1)
+            return
+        self._pulse.stop()
         while self._readers:
             self._readers.pop().cancel()
 
     async def _read(self, messages: AsyncIterator[Message]) -> None:
-        until = self._clock() + _TURN_SECONDS
-        async for message in messages:
-            self._lane.heard()
-            self._take(message.http_logs.log_entry)
-            # Right behind a message, so that none is under way: Envoy flushes again only after its interval.
-            if self._ending or self._clock() > until:
-                return
+        opened = self._clock()
+        asked: float | None = None
+        try:
+            async for message in messages:
+                self._lane.heard()
+                now = self._clock()
+                moved = self._take(message.http_logs.log_entry)
+                if moved and asked is None and now - opened >= _TURN_SECONDS:
+                    asked = now
+                    self._pulse.start()
+                if self._is_over(asked):
+                    return
+        finally:
+            if asked is not None:
+                self._pulse.stop()
 
-    def _take(self, entries: Sequence[LogEntry]) -> None:
-        bypassed = 0
+    def _is_over(self, asked: float | None) -> bool:
+        """Whether a stream ends behind the message it has just taken, if others ask for it since `asked`."""
+        if self._ending:
+            return self._pulse.prompt
+        now = self._clock()
+        if asked is None or now - self._left < _TURN_SECONDS:
+            return False
+        if not self._pulse.prompt and now - asked < _PATIENCE_SECONDS:
+            return False
+        self._left = now
+        return True
+
+    def _take(self, entries: Sequence[LogEntry]) -> bool:
+        """Takes what a message tells; returns whether another server hears of no log."""
+        bypassed, moved = 0, False
         for entry in entries:
             if entry.common_properties.access_log_type in _UNFINISHED:
                 continue
+            moved = moved or self._lane.moved_by(*_plea(entry))
             facts = _facts(entry)
             if facts or (self._lane.open and is_undecided(entry)):
                 self._report(entry, facts)
@@ -143,6 +188,7 @@ class AccessLog:
         if bypassed:
             self._bypassed(bypassed)
             self._say("requests_bypassed", count=bypassed, hint="Envoy failed open: see docs/operations.md")
+        return moved
 
     def _report(self, entry: LogEntry, facts: str) -> None:
         try:
@@ -219,11 +265,20 @@ def decode(entry: LogEntry, facts: str) -> native.Entry:
 
 
 def _facts(entry: LogEntry) -> str:
+    return _ours(entry, "facts")
+
+
+def _plea(entry: LogEntry) -> tuple[str, float]:
+    """What a server that hears of no log has said, and how long ago, in seconds."""
+    return _ours(entry, PLEA), _seconds(entry.common_properties.duration)
+
+
+def _ours(entry: LogEntry, name: str) -> str:
     namespaces = entry.common_properties.metadata.filter_metadata
     if METADATA not in namespaces:
         return ""
     fields = namespaces[METADATA].fields
-    return fields["facts"].string_value if "facts" in fields else ""
+    return fields[name].string_value if name in fields else ""
 
 
 def _has_notes(common: access_log_pb2.AccessLogCommon) -> bool:

@@ -95,7 +95,8 @@ class App:
         self._on_snapshot = on_snapshot
         self._scorers = scorers
         self._in_flight = InFlight()
-        self._lane = NativeLane(settings.responses.accounting)
+        name = secrets.token_hex(4)
+        self._lane = NativeLane(settings.responses.accounting, name=name)
         self._breakers = Breakers(
             BreakerRules(**settings.routing.breaker.model_dump()),
             jitter=lambda: random.uniform(0.9, 1.1),  # noqa: S311  sets servers apart
@@ -113,7 +114,7 @@ class App:
         self._load_reports = LoadReports()
         self._fairness = Fairness(
             configured.fairness(settings),
-            name=secrets.token_hex(4),
+            name=name,
             accounting=settings.responses.accounting != "none",
         )
         self._discovered = Snapshot()

@@ -4,6 +4,10 @@ An exchange in the native lane is over for this server when its stream ends; its
 to whichever replica Envoy's log stream goes. If entries do not come at all, because nobody wired the access log, nothing
 would be accounted: so the lane closes when many exchanges have ended in it and no log was heard of, and opens again with
 the first message of a log.
+
+That the log goes to another replica looks the same from here. So a server that has heard nothing for some seconds says so
+with each request it decides about, as a plea in the request's metadata; the entry brings it to the replica that reads, which
+then leaves its log stream to the next one (see `access_log`).
 """
 
 from __future__ import annotations
@@ -18,10 +22,9 @@ log = structlog.get_logger()
 
 Accounting = Literal["auto", "stream", "native", "none"]
 
-_SILENCE_SECONDS = (
-    30.0  # log streams come round to each server of one Envoy within some seconds: see `access_log`
-)
+_SILENCE_SECONDS = 30.0
 _SILENCE_EXCHANGES = 20
+_PLEA_SECONDS = 5.0  # of silence, until others are asked; and how old such a plea may be
 
 
 class NativeLane:
@@ -29,6 +32,7 @@ class NativeLane:
 
     Args:
         accounting: `auto` closes the lane where no log is heard of; `stream` keeps it closed.
+        name: this server's; no other has it.
         lease_seconds: after how long in-flight of an exchange that was not held is given up.
 
     Attributes:
@@ -36,9 +40,10 @@ class NativeLane:
         reported: entries that brought a report, this server's exchanges or another's.
     """
 
-    def __init__(self, accounting: Accounting, *, lease_seconds: float = 3600.0) -> None:
+    def __init__(self, accounting: Accounting, *, name: str = "", lease_seconds: float = 3600.0) -> None:
         self.ended = 0
         self.reported = 0
+        self._name = name
         self._accounting = accounting
         self._open = accounting != "stream"
         self._silent_since: float | None = None
@@ -63,7 +68,7 @@ class NativeLane:
             self._silent_since = now
         self._silent_exchanges += 1
         silent = now - self._silent_since > _SILENCE_SECONDS and self._silent_exchanges >= _SILENCE_EXCHANGES
-        if silent and self._open and self._accounting in ("auto", "none"):
+        if silent and self._open and self._may_close:
             self._open = False
             log.warning(
                 "native_lane_closed",
@@ -75,9 +80,24 @@ class NativeLane:
         """A message of an access log came: it is wired."""
         self._silent_since = None
         self._silent_exchanges = 0
-        if not self._open and self._accounting in ("auto", "none"):
+        if not self._open and self._may_close:
             self._open = True
             log.info("native_lane_open")
+
+    @property
+    def _may_close(self) -> bool:
+        return self._accounting in ("auto", "none")
+
+    # -- whose turn it is to read -----------------------------------------------------------------------------------
+
+    def plea(self, now: float) -> str:
+        """This server's name, while it waits for a log in vain; empty while it need not."""
+        since = self._silent_since
+        return self._name if since is not None and now - since > _PLEA_SECONDS and self._may_close else ""
+
+    def moved_by(self, plea: str, age: float) -> bool:
+        """Whether an entry's plea, made so many seconds ago, is another server's and may be true still."""
+        return plea not in ("", self._name) and age < _PLEA_SECONDS
 
     # -- exchanges that are not held --------------------------------------------------------------------------------
 

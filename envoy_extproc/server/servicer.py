@@ -263,7 +263,7 @@ class ExternalProcessor:
             # A read or a write that was under way when the stream ended: nobody is left to hear of it.
 
     async def _reply_to_each(self, call: Call, context: Context) -> None:
-        clock, exchange = self._clock, call.exchange
+        clock, exchange, lane = self._clock, call.exchange, self._parts.lane
         over = _OVER if self._parts.hold else _OVER_OR_HANDED_OVER
         while exchange.state not in over:
             message: object = await context.read()
@@ -279,7 +279,7 @@ class ExternalProcessor:
                 reply = await call.decide(clock)
             if reply is not None:
                 call.writing = True
-                await context.write(wire.encode(reply))
+                await context.write(wire.encode(reply, lane.plea(event.at)))
                 call.writing = False
 
     # -- drain -----------------------------------------------------------------------------------------------------

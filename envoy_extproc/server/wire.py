@@ -44,6 +44,9 @@ PROCESS = "envoy.service.ext_proc.v3.ExternalProcessor"
 METADATA = "envoy_extproc"
 """Namespace of dynamic metadata by which an access-log entry shows that a request came by here."""
 
+PLEA = "unheard"
+"""Its member in which a server that hears of no access log says its name."""
+
 LUA_METADATA = "envoy_extproc_lua"
 """Namespace in which `native.lua` announces its version, and notes what it saw of an answer."""
 
@@ -70,15 +73,20 @@ def decode(message: ext_proc_pb2.ProcessingRequest, at: float) -> Message | None
     return None if decoder is None else decoder(message, at)
 
 
-def encode(reply: Continue | Respond) -> ext_proc_pb2.ProcessingResponse:
-    """The message of a reply."""
+def encode(reply: Continue | Respond, plea: str = "") -> ext_proc_pb2.ProcessingResponse:
+    """The message of a reply; where it names a pod, the request's access-log entry brings back the plea (see `native_lane`)."""
     if isinstance(reply, Respond):
         return _immediate(reply)
     if reply is HIDE_RESPONSE:
         return _HIDE_RESPONSE
     if reply is SHOW_RESPONSE:
         return _SHOW_RESPONSE
-    return _READY[reply.phase] if reply is PASS[reply.phase] else _continue(reply)
+    if reply is PASS[reply.phase]:
+        return _READY[reply.phase]
+    message = _continue(reply)
+    if plea and reply.destination:
+        message.dynamic_metadata.fields[METADATA].struct_value.fields[PLEA].string_value = plea
+    return message
 
 
 def _headers(headers: ext_proc_pb2.HttpHeaders) -> Headers:
@@ -300,6 +308,7 @@ _HIDE_RESPONSE, _SHOW_RESPONSE = _continue(HIDE_RESPONSE), _continue(SHOW_RESPON
 __all__ = [
     "LUA_METADATA",
     "METADATA",
+    "PLEA",
     "PROCESS",
     "DecodeError",
     "ProcessingRequest",

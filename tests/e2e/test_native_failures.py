@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -34,6 +35,7 @@ from tests.support.canned import Answer, Canned, canned, stream
 from tests.support.gateway import MODEL, Gateway, chat, eventually, new_id
 
 NATIVE = {"accounting": "native"}
+AUTO = {"accounting": "auto"}
 WHOLE = FIRST + SECOND + DONE
 PART = len(FIRST)
 QUIET_SECONDS = 0.5  # Envoy sends its access log every 0.1 s
@@ -314,6 +316,34 @@ async def test_every_request_is_reported_by_one_of_two_servers(directory: Path, 
         print(f"reports by server {sums}, missing {len(set(ids) - found.keys())}")
         assert bypassed == []
         assert found == Counter(ids)
+
+
+async def test_a_server_that_does_not_come_to_its_work_loses_no_report(directory: Path) -> None:
+    """Envoy's messages wait for it meanwhile, one behind another."""
+    async with scene(directory, responses=AUTO) as at:
+        server = at.gateway.servers[0]
+        assert server is not None
+        clock = asyncio.get_running_loop().time
+        until, ids = clock() + 8.0, []
+        while clock() < until:
+            asked = [asyncio.ensure_future(at.ask(0.008 * number)) for number in range(1, 9)]
+            await asyncio.sleep(0.03)  # each is decided about; their ends are told while nobody takes it
+            server.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(0.4)
+            server.send_signal(signal.SIGCONT)
+            ids += [each[3] for each in await asyncio.gather(*asked)]
+        assert await requests_of(at.gateway) == Counter(ids)
+
+
+async def test_servers_that_hear_of_no_log_get_it_from_the_one_that_does(directory: Path) -> None:
+    """Envoy's one worker keeps its log at one server, which leaves it to one that has been waiting for five seconds."""
+    async with scene(directory, servers=2, responses=AUTO) as at:
+        ids = []
+        async with asyncio.timeout(30):
+            while not all(map(at.gateway.reports, (0, 1))):
+                ids += [each[3] for each in await asyncio.gather(*(at.ask(0.02) for _ in range(4)))]
+                await asyncio.sleep(0.05)
+        assert await requests_of(at.gateway, (0, 1)) == Counter(ids)
 
 
 # -- nobody wired the access log ---------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from datetime import timedelta
 from typing import Any
 
 import grpc
@@ -21,7 +21,7 @@ from envoy_extproc.exchange.native import Entry, Facts
 from envoy_extproc.exchange.report import Report, routing_of
 from envoy_extproc.server.access_log import SERVICE, AccessLog, decode, is_bypass, is_undecided
 from envoy_extproc.server.native_lane import Accounting, NativeLane
-from envoy_extproc.server.wire import LUA_METADATA, METADATA
+from envoy_extproc.server.wire import LUA_METADATA, METADATA, PLEA
 from tests.support.builders import decision, endpoint
 from tests.support.gateway import eventually
 from tests.support.playbook import ENDPOINTS
@@ -88,6 +88,7 @@ class Served:
     now: list[float]
     server: grpc.aio.Server
     channel: grpc.aio.Channel
+    address: str
     counts: list[int] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
     heard: list[tuple[str, orca.Parsed, float]] = field(default_factory=list)
@@ -108,6 +109,10 @@ class Served:
         await stream.done_writing()
         await stream
 
+    async def counted(self, number: int) -> None:
+        """Waits until so many bypasses were told of."""
+        await eventually(lambda: sum(self.counts) == number)
+
 
 @asynccontextmanager
 async def service(
@@ -117,7 +122,7 @@ async def service(
     counts: list[int] = []
     reports: list[Report] = []
     now = [100.0]
-    lane = NativeLane(accounting)
+    lane = NativeLane(accounting, name="me")
     log = AccessLog(
         lane=lane,
         lookup=ENDPOINTS.get,
@@ -132,8 +137,9 @@ async def service(
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Served(log, lane, now, server, channel, counts, reports, heard)
+        address = f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield Served(log, lane, now, server, channel, address, counts, reports, heard)
     finally:
         await server.stop(None)
 
@@ -367,35 +373,132 @@ async def test_a_message_that_is_none_is_said_and_the_next_stream_is_read() -> N
 # -- streams -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_stream_is_read_for_its_turn_and_ends_right_behind_a_message() -> None:
+def waiting(name: str = "other", *, age: float = 0.1) -> Message:
+    """A request decided, so many seconds before its end, by a server that hears of no log."""
+    written = message(upstream=False)
+    common = written.http_logs.log_entry[0].common_properties
+    common.metadata.filter_metadata[METADATA].fields[PLEA].string_value = name
+    common.duration.FromTimedelta(timedelta(seconds=age))
+    return written
+
+
+async def test_a_stream_is_read_for_as_long_as_envoy_likes() -> None:
+    async with service() as served, asyncio.timeout(5):
+        stream = served.open()
+        for number in range(1, 21):
+            await stream.write(message())
+            await served.counted(number)
+            served.now[0] += 60.0
+        assert not stream.done()
+        await stream.done_writing()
+        await stream
+
+
+async def test_it_is_left_to_one_that_hears_of_none_behind_a_message_taken_as_it_came() -> None:
     async with service() as served, asyncio.timeout(5):
         stream = served.open()
         await stream.write(message())
-        await eventually(lambda: sum(served.counts) == 1)
-        served.now[0] += 3.1
-        await asyncio.sleep(0.05)
+        await served.counted(1)
+        served.now[0] += 2.1
+        await stream.write(waiting())
+        await eventually(lambda: served.log._pulse.prompt)
         assert not stream.done()  # it waits for a message, so that none is lost
         await stream.write(message())
         assert isinstance(await stream, Response)
         assert await stream.code() is grpc.StatusCode.OK
-        assert sum(served.counts) == 2
+        await served.counted(2)
         assert not served.log._readers
+        assert not served.log._pulse._wanted
 
 
-async def test_within_its_turn_a_stream_is_not_ended() -> None:
+@pytest.mark.parametrize(
+    ("held", "plea"),
+    [(1.9, waiting()), (60.0, waiting("me")), (60.0, waiting(age=5.0)), (60.0, message(seen=True))],
+    ids=["within its turn", "its own", "long ago", "none"],
+)
+async def test_what_does_not_end_it(held: float, plea: Message) -> None:
     async with service() as served, asyncio.timeout(5):
         stream = served.open()
-
-        def counted(number: int) -> bool:
-            return sum(served.counts) == number
-
-        for number in range(1, 4):
-            await stream.write(message())
-            await eventually(partial(counted, number))
-            served.now[0] += 0.9
-        assert not stream.done()
+        await stream.write(message())
+        await served.counted(1)
+        served.now[0] += held
+        await stream.write(plea)
+        await stream.write(message())
+        await served.counted(2)
+        assert not served.log._pulse._wanted
         await stream.done_writing()
         await stream
+
+
+async def test_one_stream_is_left_at_a_time() -> None:
+    async with service() as served, asyncio.timeout(10):
+        streams = [served.open() for _ in range(3)]
+        for each in streams:
+            await each.write(message())
+        await served.counted(3)
+        served.now[0] += 2.1
+        for each in streams:
+            await each.write(waiting())
+        await eventually(lambda: served.log._pulse._wanted == 3)
+        await eventually(lambda: served.log._pulse.prompt)
+        messages = 3
+        while streams:
+            for each in streams:
+                await each.write(message())
+            messages += len(streams)
+            await served.counted(messages)
+            await eventually(lambda: any(each.done() for each in streams))
+            (ended,) = (each for each in streams if each.done())
+            streams.remove(ended)
+            served.now[0] += 2.1
+
+
+async def test_it_does_not_wait_for_ever_for_such_a_message() -> None:
+    async with service() as served, asyncio.timeout(5):
+        stream = served.open()
+        await stream.write(message())
+        await served.counted(1)
+        served.now[0] += 2.1
+        await stream.write(waiting())
+        await eventually(lambda: served.log._pulse._wanted == 1)
+        served.log._pulse._timely = -1000  # a loop that is never in time
+        await stream.write(message())
+        await served.counted(2)
+        served.now[0] += 5.1
+        assert not stream.done()
+        await stream.write(message())
+        assert isinstance(await stream, Response)
+        await served.counted(3)
+
+
+async def test_one_that_finds_its_messages_waiting_reads_them_all() -> None:
+    """On a machine with too much to do: what came behind the message at which a stream ends would be lost."""
+    sent: list[float] = []
+
+    def messages() -> Iterator[Message]:
+        while True:
+            time.sleep(0.02)
+            sent.append(time.monotonic())
+            yield message() if len(sent) % 2 else waiting()
+
+    def envoy(address: str) -> None:
+        with grpc.insecure_channel(address) as channel:
+            channel.stream_unary(
+                f"/{SERVICE}/StreamAccessLogs",
+                request_serializer=Message.SerializeToString,
+                response_deserializer=Response.FromString,
+            )(messages())
+
+    async with service() as served, asyncio.timeout(10):
+        talking = asyncio.ensure_future(asyncio.to_thread(envoy, served.address))
+        await served.counted(1)
+        served.now[0] += 2.1
+        for _ in range(8):
+            time.sleep(0.15)  # noqa: ASYNC251  the loop is kept from its work
+            await asyncio.sleep(0.015)
+            assert not talking.done()
+        await talking
+        assert len(sent) // 2 - sum(served.counts) <= 1
 
 
 async def test_each_message_shows_that_the_log_is_wired() -> None:

@@ -70,6 +70,40 @@ def test_it_opens_again_with_the_first_message_and_says_both_once() -> None:
     assert [line["event"] for line in logs] == ["native_lane_closed", "native_lane_open"] * 2
 
 
+# -- who is to read ------------------------------------------------------------------------------------------------
+
+
+def test_one_that_hears_nothing_says_so_until_it_does() -> None:
+    lane = NativeLane("auto", name="me")
+    assert lane.plea(1000.0) == ""  # nothing has ended yet
+    lane.end(1000.0)
+    assert lane.plea(1005.0) == ""
+    assert lane.plea(1005.1) == "me"
+    ended(lane, 50, seconds=60.0)
+    assert not lane.open
+    assert lane.plea(1060.0) == "me"
+    lane.heard()
+    assert lane.plea(1060.0) == ""
+
+
+@pytest.mark.parametrize("accounting", ["stream", "native"])
+def test_one_that_need_not_hear_does_not_ask(accounting: Accounting) -> None:
+    lane = NativeLane(accounting, name="me")
+    lane.end(1000.0)
+    assert lane.plea(2000.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("plea", "age", "moved"),
+    [("other", 4.9, True), ("other", 5.0, False), ("me", 0.0, False), ("", 0.0, False)],
+)
+def test_whose_plea_is_heard(plea: str, age: float, moved: bool) -> None:
+    assert NativeLane("auto", name="me").moved_by(plea, age) is moved
+
+
+# -- the other lanes -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("accounting", ["stream", "native"])
 def test_elsewhere_the_log_changes_nothing(accounting: Accounting) -> None:
     lane = NativeLane(accounting)

@@ -258,6 +258,15 @@ def test_the_destination_goes_into_metadata() -> None:
     assert wire.METADATA in message.dynamic_metadata.fields
 
 
+def test_a_server_that_hears_of_no_log_says_so_where_it_decides() -> None:
+    decided = Continue(phase=Phase.REQUEST_BODY, destination=("10.0.0.1:8000",))
+    ours = encode(decided, "me").dynamic_metadata.fields[wire.METADATA].struct_value.fields
+    assert (ours[wire.PLEA].string_value, ours["v"].number_value) == ("me", 1)
+    assert wire.PLEA not in encode(decided).dynamic_metadata.fields[wire.METADATA].struct_value.fields
+    for other in (PASS[Phase.RESPONSE_BODY], Continue(phase=Phase.RESPONSE_HEADERS, body=b"x")):
+        assert encode(other, "me") == encode(other)
+
+
 HANDOVER = Handover(
     request_id="id-1",
     policy="least-request",
