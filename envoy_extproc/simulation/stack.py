@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
-import secrets
+import os
 import signal
 import socket
 import sys
@@ -17,9 +18,12 @@ import aiohttp
 import yaml
 
 _LOOPBACK = "127.0.0.1"
-_FIRST_PORT, _LAST_PORT, _PORT_TRIES = 15_000, 32_000, 100
+_FIRST_PORT, _PORTS_EACH, _SHARES = 15_000, 128, 132  # up to 31,895
 _START_SECONDS = 20.0  # a cold start of Python and Envoy on a busy machine takes two
 _STOP_SECONDS = 10.0
+
+
+_port_numbers = itertools.count()
 
 
 class StackError(RuntimeError):
@@ -41,23 +45,24 @@ def envoy_binary() -> Path:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now.
+    """A TCP port of the loopback interface that nobody listens on now, and that nobody else is given for a while.
 
-    It lies below those from which systems take ports for connections (32768 on Linux): one of them can be taken in the moment
-    before somebody listens.
+    It takes a moment until somebody listens on it. So each process takes from a share of its own, one port after the other, and
+    all lie below those from which systems take ports for connections (32768 on Linux).
 
     Raises:
         StackError: there is none.
     """
-    for _ in range(_PORT_TRIES):
-        port = _FIRST_PORT + secrets.randbelow(_LAST_PORT - _FIRST_PORT)
+    first = _FIRST_PORT + os.getpid() % _SHARES * _PORTS_EACH
+    for _ in range(_PORTS_EACH):
+        port = first + next(_port_numbers) % _PORTS_EACH
         with socket.socket() as probe:
             try:
                 probe.bind((_LOOPBACK, port))
             except OSError:
                 continue
             return port
-    raise StackError(f"no port between {_FIRST_PORT} and {_LAST_PORT} is free")
+    raise StackError(f"no port from {first} to {first + _PORTS_EACH - 1} is free")
 
 
 class Stack:
