@@ -16,7 +16,10 @@ demo: $(RUN) ## real Envoy, simulated engines, the server: sample traffic, shown
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/envoy-extproc demo $(if $(ONCE),--once)
 
 test: $(DEV) ## unit, property and end-to-end tests, with branch coverage
-	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(BIN)/coverage erase
+	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(DEV) ## format, rules, types, layers, generated code
 	$(BIN)/ruff format --check .

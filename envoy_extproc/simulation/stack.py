@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Protocol, Self
 
 import aiohttp
 import yaml
@@ -65,6 +65,24 @@ def free_port() -> int:
     raise StackError(f"no port from {first} to {first + _PORTS_EACH - 1} is free")
 
 
+class ServerProcess(Protocol):
+    """What of `asyncio.subprocess.Process` a server's process has."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status; None while it runs."""
+
+    def send_signal(self, signal: int) -> None:
+        """Sends it a signal."""
+
+    async def wait(self) -> int:
+        """Waits for its end; returns its exit status."""
+
+
 class Stack:
     """One Envoy and one or more servers in front of endpoints.
 
@@ -100,7 +118,7 @@ class Stack:
         self.envoy_admin_port = free_port()
         self._config = _merged(self._base(endpoints), config or {})
         self.envoy: asyncio.subprocess.Process | None = None
-        self.servers: list[asyncio.subprocess.Process | None] = [None] * servers
+        self.servers: list[ServerProcess | None] = [None] * servers
 
     @property
     def url(self) -> str:
@@ -152,9 +170,7 @@ class Stack:
         }
         path.write_text(yaml.safe_dump(_merged(self._config, own)), encoding="utf-8")
         with self._log(f"server-{server}").open("ab") as log:
-            self.servers[server] = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "envoy_extproc", "serve", "-c", str(path)), stdout=log, stderr=log
-            )
+            self.servers[server] = await self._serve(path, log)
         await self._ready(f"{self.admin_url(server)}/readyz", self.servers[server], f"server-{server}")
 
     async def kill_server(self, server: int = 0, *, number: int = signal.SIGKILL) -> None:
@@ -191,6 +207,11 @@ class Stack:
         await _end(self.envoy, signal.SIGTERM)
         await asyncio.gather(*(_end(process, signal.SIGTERM) for process in self.servers))
 
+    async def _serve(self, config: Path, log: IO[bytes]) -> ServerProcess:
+        """A server's process."""
+        command = (sys.executable, "-m", "envoy_extproc", "serve", "-c", str(config))
+        return await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+
     async def _start_envoy(self) -> None:
         bootstrap = self._directory / "envoy.yaml"
         bootstrap.write_text(self._edit(await self._printed()), encoding="utf-8")
@@ -212,7 +233,7 @@ class Stack:
         text, _ = await printed.communicate()
         return text.decode()
 
-    async def _ready(self, url: str, process: asyncio.subprocess.Process | None, name: str) -> None:
+    async def _ready(self, url: str, process: ServerProcess | None, name: str) -> None:
         assert process is not None
         try:
             async with asyncio.timeout(_START_SECONDS), aiohttp.ClientSession() as session:
@@ -261,7 +282,7 @@ async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
         return False
 
 
-async def _end(process: asyncio.subprocess.Process | None, number: int) -> None:
+async def _end(process: ServerProcess | None, number: int) -> None:
     if process is None or process.returncode is not None:
         return
     process.send_signal(number)

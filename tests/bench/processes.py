@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 import yaml
 
-from envoy_extproc.simulation.stack import envoy_binary, free_port
+from envoy_extproc.simulation.stack import ServerProcess, envoy_binary, free_port
 from tests.bench.client import Load, Result
 
 Process = asyncio.subprocess.Process
@@ -28,7 +28,7 @@ _ROUND_ROBIN = "envoy.extensions.load_balancing_policies.round_robin.v3.RoundRob
 _POSIX_CPU_CLOCK_OF_A_PROCESS = 2
 
 
-def cpu(process: Process | None) -> float:
+def cpu(process: ServerProcess | None) -> float:
     """CPU seconds of a process so far, all its threads."""
     assert process is not None
     return cpu_of(process.pid)

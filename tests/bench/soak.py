@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from envoy_extproc.simulation.stack import ServerProcess
 from tests.support.gateway import Gateway, chat, fast_engines
 
 _PATIENCE = (
@@ -90,7 +91,7 @@ async def ask(
     return end == _DONE
 
 
-def resident_mib(process: asyncio.subprocess.Process | None) -> float:
+def resident_mib(process: ServerProcess | None) -> float:
     """Memory a process has."""
     assert process is not None
     lines = Path(f"/proc/{process.pid}/status").read_text("utf-8").splitlines()

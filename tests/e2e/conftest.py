@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -10,7 +10,22 @@ import openai
 import pytest
 import pytest_asyncio
 
+from tests.support import forking
 from tests.support.gateway import Gateway, fast_engines
+
+
+@pytest.fixture(scope="session", autouse=True)
+def original() -> Iterator[None]:
+    """Servers are copies of one process while these tests run."""
+    if not forking.AVAILABLE:
+        yield
+        return
+    with forking.original() as made:
+        Gateway.original = made
+        try:
+            yield
+        finally:
+            Gateway.original = None
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -17,7 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from envoy_extproc.simulation.stack import free_port
+from envoy_extproc.simulation.stack import ServerProcess, free_port
 from tests.support.canned import PAUSE, Answer, Canned, canned, head, stream
 from tests.support.gateway import MODEL, Gateway, chat, eventually, fast_engines, new_id
 
@@ -112,7 +112,7 @@ def pid_gone(gateway: Gateway, server: int = 0) -> Callable[[], bool]:
     return lambda: process.returncode is not None
 
 
-def terminate(gateway: Gateway, server: int = 0) -> asyncio.subprocess.Process:
+def terminate(gateway: Gateway, server: int = 0) -> ServerProcess:
     process = gateway.servers[server]
     assert process is not None
     process.send_signal(signal.SIGTERM)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from envoy_extproc.simulation.stack import ServerProcess
 from tests.support.canned import canned, stream
 from tests.support.gateway import MODEL, Gateway, eventually
 
@@ -68,7 +69,7 @@ class Client(asyncio.Protocol):
         return b"".join(parts)
 
 
-def resident(process: asyncio.subprocess.Process | None) -> int:
+def resident(process: ServerProcess | None) -> int:
     """Bytes of memory a process has."""
     assert process is not None
     lines = Path(f"/proc/{process.pid}/status").read_text("utf-8").splitlines()

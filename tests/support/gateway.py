@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
 
 import aiohttp
 
@@ -16,7 +16,8 @@ from envoy_extproc import cli
 from envoy_extproc.envoy.bootstrap import bootstrap
 from envoy_extproc.simulation.engine import Engine
 from envoy_extproc.simulation.options import EngineOptions
-from envoy_extproc.simulation.stack import Stack
+from envoy_extproc.simulation.stack import ServerProcess, Stack
+from tests.support.forking import Original
 
 MODEL = "llama-3-8b"
 
@@ -26,7 +27,10 @@ class Gateway(Stack):
 
     Attributes:
         engines: simulated ones, by pod name; empty where the upstreams are something else.
+        original: what servers are copies of; None where each starts by itself.
     """
+
+    original: ClassVar[Original | None] = None
 
     def __init__(
         self,
@@ -51,6 +55,12 @@ class Gateway(Stack):
             return await super()._printed()
         settings = cli._settings(self.config_file())
         return bootstrap(cli.bootstrap_options(settings, cli._endpoints(settings)))
+
+    async def _serve(self, config: Path, log: IO[bytes]) -> ServerProcess:
+        """Likewise."""
+        if self.original is None or "PYTHONPATH" in os.environ:
+            return await super()._serve(config, log)
+        return self.original.copy(["serve", "-c", str(config)], log.fileno())
 
     def received(self, request_id: str) -> list[tuple[str, Mapping[str, str], bytes]]:
         """(pod, headers, body) of every time an engine saw the request."""

@@ -23,6 +23,8 @@ from envoy_extproc.openai.answer import (
 from envoy_extproc.openai.sse import data_of
 from tests.support import captures, formats
 
+pytestmark = pytest.mark.unmeasured
+
 BIG = 1_000_000
 DONE = b"data: [DONE]\n\n"
 

@@ -48,6 +48,8 @@ from envoy_extproc.telemetry import Hooks
 from tests.support.builders import decision, endpoint, headers, sse, token, usage
 from tests.support.playbook import Playbook
 
+pytestmark = pytest.mark.unmeasured
+
 TEXT = sse(token("a"), usage(3, 4), {"error": {"code": 503}}, "[DONE]", "junk")
 AT = st.floats(0, 1e6)
 ERRORS: list[GatewayError] = [ModelNotFound("x \udcff"), NoReadyEndpoint("no"), BadPin("no")]

@@ -32,6 +32,8 @@ from envoy_extproc.telemetry import Hooks
 from tests.support.builders import MODEL, candidate, decision, endpoint, headers
 from tests.support.reports import report
 
+pytestmark = pytest.mark.unmeasured
+
 
 class Clock:
     def __init__(self) -> None:

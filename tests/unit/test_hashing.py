@@ -33,6 +33,8 @@ from envoy_extproc.scheduling.interfaces import (
 from envoy_extproc.scheduling.pickers import WeightedRandomPicker
 from tests.support.builders import MODEL, candidate, endpoint
 
+pytestmark = pytest.mark.unmeasured
+
 REQUEST = SchedulingRequest(model=MODEL)
 
 

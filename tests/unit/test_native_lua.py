@@ -17,6 +17,8 @@ from envoy_extproc.openai.seen import Seen
 from tests.support import captures, formats
 from tests.support.lua import JSON, STREAM, Script, Told
 
+pytestmark = pytest.mark.unmeasured
+
 LIMIT = 1_048_576
 DONE = b"data: [DONE]\n\n"
 CHAT_HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}

@@ -17,6 +17,8 @@ from envoy_extproc.scheduling.interfaces import Candidate, SchedulingRequest, St
 from tests.support.builders import MODEL, endpoint
 from tests.support.workload import body, text
 
+pytestmark = pytest.mark.unmeasured
+
 MIXES = (
     "prefix-cache:3,least-request:1",
     "queue-scorer,throughput",

@@ -21,6 +21,8 @@ from envoy_extproc.simulation.options import EngineOptions
 from tests.support.virtual_fleet import QUICK, Exchange, VirtualFleet, pod
 from tests.support.workload import Arrival, SharedPrefixes, alike, flood
 
+pytestmark = pytest.mark.unmeasured
+
 PAGE = (Path(__file__).parents[2] / "docs" / "routing.md").read_text(encoding="utf-8")
 PODS = 8
 MIXES = (

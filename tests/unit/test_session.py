@@ -22,6 +22,8 @@ from tests.support.builders import MODEL, candidate, endpoint
 from tests.support.lua import STREAM, Script
 from tests.support.playbook import Playbook, asked, handover, reply
 
+pytestmark = pytest.mark.unmeasured
+
 REQUEST = SchedulingRequest(model=MODEL)
 THREE = [candidate(1), candidate(2, 5), candidate(3, 9)]
 BODY = b'{"model":"llama-3-8b","stream":true}'

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from envoy_extproc.openai import splice
 
+pytestmark = pytest.mark.unmeasured
+
 SPACE = st.text(" \t\r\n", max_size=3)
 KEY = st.sampled_from(["a", "b", "usage", "stream_options", "", 'q"', "\\", "{", "é\u2028😀"]) | st.text(
     max_size=6

@@ -15,6 +15,8 @@ from envoy_extproc.simulation.options import EngineOptions
 from tests.support.virtual_fleet import QUICK, Exchange, VirtualFleet, page
 from tests.support.workload import SharedPrefixes, alike
 
+pytestmark = pytest.mark.unmeasured
+
 TALK = SharedPrefixes(
     rate=20, seconds=10, system_prompts=10, system_tokens=400, user_tokens=60, think_seconds=1
 )
