@@ -17,7 +17,7 @@ demo: $(RUN) ## real Envoy, simulated engines, the server: sample traffic, shown
 
 test: $(DEV) ## unit, property and end-to-end tests, with branch coverage
 	$(BIN)/coverage erase
-	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/python -m pytest --numprocesses 6 --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

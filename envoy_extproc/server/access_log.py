@@ -107,7 +107,7 @@ class AccessLog:
         return grpc.method_handlers_generic_handler(SERVICE, {"StreamAccessLogs": method})
 
     async def stream_access_logs(self, messages: AsyncIterator[Message], _: Context) -> Response:
-        """Reads one Envoy worker's entries for a while; Envoy goes on with another stream."""
+        """Reads one Envoy worker's entries; behind a stream that ends here Envoy opens another one, with some server."""
         task = asyncio.current_task()
         assert task is not None
         self._readers.add(task)
@@ -140,7 +140,6 @@ class AccessLog:
         if not self._pulse.prompt and tries:
             self._cut_later(tries - 1)
             return
-        self._pulse.stop()
         while self._readers:
             self._readers.pop().cancel()
 

@@ -572,3 +572,10 @@ async def test_one_that_envoy_breaks_off_is_forgotten() -> None:
         stream.cancel()
         await eventually(lambda: not served.log._readers)
         served.log.end()
+
+
+async def test_one_that_comes_behind_the_end_is_ended_too() -> None:
+    async with service() as served, asyncio.timeout(30):
+        served.log.end()
+        await asyncio.sleep(0.5)  # the others were ended meanwhile
+        assert await until_left(served.open()) - sum(served.counts) in {0, 1}
