@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEV := $(VENV)/.dev
 RUN := $(VENV)/.run
 
+unexport PYTHONDONTWRITEBYTECODE # a hundred processes of the tests would each compile the package anew
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format fuzz bench proto docs image-check clean
 
@@ -17,7 +19,7 @@ demo: $(RUN) ## real Envoy, simulated engines, the server: sample traffic, shown
 
 test: $(DEV) ## unit, property and end-to-end tests, with branch coverage
 	$(BIN)/coverage erase
-	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/python -m pytest --numprocesses 6 --dist loadfile --no-loadscope-reorder
+	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
