@@ -17,7 +17,7 @@ from tests.support.gateway import Gateway, fast_engines
 @pytest.fixture(scope="session", autouse=True)
 def original() -> Iterator[None]:
     """Servers are copies of one process while these tests run."""
-    if not forking.AVAILABLE:
+    if not forking.available():
         yield
         return
     with forking.original() as made:

@@ -22,8 +22,18 @@ from subprocess import Popen
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-AVAILABLE = sys.platform == "linux"
 _LARGEST = 1 << 20
+
+
+def available() -> bool:
+    """Whether this system tells of the end of a process by a descriptor; where it does not, servers start by themselves."""
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 class Copy:
