@@ -81,12 +81,7 @@ def encode(reply: Continue | Respond, plea: str = "") -> ext_proc_pb2.Processing
         return _HIDE_RESPONSE
     if reply is SHOW_RESPONSE:
         return _SHOW_RESPONSE
-    if reply is PASS[reply.phase]:
-        return _READY[reply.phase]
-    message = _continue(reply)
-    if plea and reply.destination:
-        message.dynamic_metadata.fields[METADATA].struct_value.fields[PLEA].string_value = plea
-    return message
+    return _READY[reply.phase] if reply is PASS[reply.phase] else _continue(reply, plea)
 
 
 def _headers(headers: ext_proc_pb2.HttpHeaders) -> Headers:
@@ -158,7 +153,7 @@ def _subset(message: ext_proc_pb2.ProcessingRequest) -> tuple[str, ...] | None:
     return tuple(text.strip() for text in texts if text.strip())
 
 
-def _continue(reply: Continue) -> ext_proc_pb2.ProcessingResponse:
+def _continue(reply: Continue, plea: str = "") -> ext_proc_pb2.ProcessingResponse:
     message = ProcessingResponse()
     match reply.phase:
         case Phase.REQUEST_HEADERS:
@@ -180,16 +175,22 @@ def _continue(reply: Continue) -> ext_proc_pb2.ProcessingResponse:
     common.SetInParent()
     _fill(common, reply)
     if reply.destination:
-        namespaces = message.dynamic_metadata.fields
-        destination = namespaces["envoy.lb"].struct_value.fields[DESTINATION]
-        destination.string_value = ",".join(reply.destination)
-        ours = namespaces[METADATA].struct_value.fields
-        ours["v"].number_value = 1
-        if reply.handover is not None:
-            _hand_over(ours, reply.handover)
+        _direct(message.dynamic_metadata.fields, reply, plea)
     if (reply.request_body, reply.response_headers, reply.response_body) != (None, None, None):
         _set_mode(message.mode_override, reply)
     return message
+
+
+def _direct(namespaces: MutableMapping[str, struct_pb2.Value], reply: Continue, plea: str) -> None:
+    """Where Envoy sends the request, and what its access-log entry brings back."""
+    destination = namespaces["envoy.lb"].struct_value.fields[DESTINATION]
+    destination.string_value = ",".join(reply.destination)
+    ours = namespaces[METADATA].struct_value.fields
+    ours["v"].number_value = 1
+    if plea:
+        ours[PLEA].string_value = plea
+    if reply.handover is not None:
+        _hand_over(ours, reply.handover)
 
 
 def _hand_over(fields: MutableMapping[str, struct_pb2.Value], handover: Handover) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import aiohttp
 import yaml
@@ -169,8 +169,7 @@ class Stack:
             }
         }
         path.write_text(yaml.safe_dump(_merged(self._config, own)), encoding="utf-8")
-        with self._log(f"server-{server}").open("ab") as log:
-            self.servers[server] = await self._serve(path, log)
+        self.servers[server] = await self._serve(path, self._log(f"server-{server}"))
         await self._ready(f"{self.admin_url(server)}/readyz", self.servers[server], f"server-{server}")
 
     async def kill_server(self, server: int = 0, *, number: int = signal.SIGKILL) -> None:
@@ -207,10 +206,11 @@ class Stack:
         await _end(self.envoy, signal.SIGTERM)
         await asyncio.gather(*(_end(process, signal.SIGTERM) for process in self.servers))
 
-    async def _serve(self, config: Path, log: IO[bytes]) -> ServerProcess:
-        """A server's process."""
+    async def _serve(self, config: Path, log: Path) -> ServerProcess:
+        """A server's process, whose output is added to the log."""
         command = (sys.executable, "-m", "envoy_extproc", "serve", "-c", str(config))
-        return await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+        with log.open("ab") as file:
+            return await asyncio.create_subprocess_exec(*command, stdout=file, stderr=file)
 
     async def _start_envoy(self) -> None:
         bootstrap = self._directory / "envoy.yaml"

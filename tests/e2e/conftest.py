@@ -10,22 +10,16 @@ import openai
 import pytest
 import pytest_asyncio
 
-from tests.support import forking
+from tests.support.forking import AVAILABLE
 from tests.support.gateway import Gateway, fast_engines
 
 
 @pytest.fixture(scope="session", autouse=True)
-def original() -> Iterator[None]:
+def copies() -> Iterator[None]:
     """Servers are copies of one process while these tests run."""
-    if not forking.available():
-        yield
-        return
-    with forking.original() as made:
-        Gateway.original = made
-        try:
-            yield
-        finally:
-            Gateway.original = None
+    Gateway.copies = AVAILABLE
+    yield
+    Gateway.copies = False
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import aiohttp
 
@@ -17,7 +17,7 @@ from envoy_extproc.envoy.bootstrap import bootstrap
 from envoy_extproc.simulation.engine import Engine
 from envoy_extproc.simulation.options import EngineOptions
 from envoy_extproc.simulation.stack import ServerProcess, Stack
-from tests.support.forking import Original
+from tests.support.forking import Copy
 
 MODEL = "llama-3-8b"
 
@@ -27,10 +27,10 @@ class Gateway(Stack):
 
     Attributes:
         engines: simulated ones, by pod name; empty where the upstreams are something else.
-        original: what servers are copies of; None where each starts by itself.
+        copies: whether servers are copies of a process that has loaded them; by itself each starts.
     """
 
-    original: ClassVar[Original | None] = None
+    copies: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class Gateway(Stack):
         settings = cli._settings(self.config_file())
         return bootstrap(cli.bootstrap_options(settings, cli._endpoints(settings)))
 
-    async def _serve(self, config: Path, log: IO[bytes]) -> ServerProcess:
+    async def _serve(self, config: Path, log: Path) -> ServerProcess:
         """Likewise."""
-        if self.original is None or "PYTHONPATH" in os.environ:
+        if not self.copies or "PYTHONPATH" in os.environ:
             return await super()._serve(config, log)
-        return self.original.copy(["serve", "-c", str(config)], log.fileno())
+        return Copy(["serve", "-c", str(config)], log)
 
     def received(self, request_id: str) -> list[tuple[str, Mapping[str, str], bytes]]:
         """(pod, headers, body) of every time an engine saw the request."""

@@ -10,13 +10,14 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from envoy_extproc.simulation.stack import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,17 +74,11 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
-def _free_port() -> int:
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return int(each.getsockname()[1])
-
-
 def _serves(command: Path, folder: Path) -> bool:
     config = folder / "config.yaml"
     endpoint = "{name: a, address: '127.0.0.1:1', models: [m]}"
     config.write_text(
-        f"server: {{listen: '127.0.0.1:{_free_port()}', admin: '127.0.0.1:0'}}\n"
+        f"server: {{listen: '127.0.0.1:{free_port()}', admin: '127.0.0.1:0'}}\n"
         f"discovery: {{static: {{endpoints: [{endpoint}]}}}}\n"
     )
     server = subprocess.Popen([command, "serve", "--config", config])

@@ -394,6 +394,17 @@ async def test_a_stream_is_read_for_as_long_as_envoy_likes() -> None:
         await stream
 
 
+async def asked_for(served: Served) -> Stream:
+    """A stream that has been read for its turn, and whose last message says that another server hears of none."""
+    stream = served.open()
+    await stream.write(message())
+    await served.counted(1)
+    served.now[0] += 2.1
+    await stream.write(waiting())
+    await eventually(lambda: served.log._pulse._wanted == 1)
+    return stream
+
+
 async def until_left(stream: Stream) -> int:
     """Writes messages until the server has ended the stream; returns how many were written, the last of them perhaps too late."""
     written = 0
@@ -409,11 +420,7 @@ async def until_left(stream: Stream) -> int:
 
 async def test_it_is_left_to_one_that_hears_of_none_behind_a_message_taken_as_it_came() -> None:
     async with service() as served, asyncio.timeout(30):
-        stream = served.open()
-        await stream.write(message())
-        await served.counted(1)
-        served.now[0] += 2.1
-        await stream.write(waiting())
+        stream = await asked_for(served)
         await asyncio.sleep(0.1)
         assert not stream.done()  # it waits for a message, so that none is lost
         assert await until_left(stream) - (sum(served.counts) - 1) in {0, 1}
@@ -461,12 +468,7 @@ async def test_one_stream_is_left_at_a_time() -> None:
 
 async def test_it_does_not_wait_for_ever_for_such_a_message() -> None:
     async with service() as served, asyncio.timeout(5):
-        stream = served.open()
-        await stream.write(message())
-        await served.counted(1)
-        served.now[0] += 2.1
-        await stream.write(waiting())
-        await eventually(lambda: served.log._pulse._wanted == 1)
+        stream = await asked_for(served)
         served.log._pulse._timely = -1000  # a loop that is never in time
         await stream.write(message())
         await served.counted(2)
